@@ -1,0 +1,1 @@
+"""Parameter-efficient fine-tuning as pure transforms of a parameter tree."""

@@ -1,0 +1,1 @@
+"""Fully sharded training of any pytree, by `jax.sharding`."""
