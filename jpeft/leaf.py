@@ -1,0 +1,163 @@
+"""Rewritten leaves: what a model reads at one place of its parameter tree."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jax.extend.core import JaxprEqn
+
+logger = logging.getLogger("jpeft")
+L = TypeVar("L")
+
+
+class LeafError(TypeError):
+    """A rewritten leaf met an operation that it cannot take part in."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One equation of the model's program that reads at least one rewritten leaf.
+
+    **Attributes:** `eqn`, the equation; `operands`, its operands, arrays or leaves;
+    `dispatch`, how a call made from inside a rule is looked up again.
+    """
+
+    eqn: JaxprEqn
+    operands: tuple[Any, ...]
+    dispatch: Callable[[Call], list[Any]]
+
+    @property
+    def name(self) -> str:
+        """The primitive's name, such as `dot_general`."""
+        return self.eqn.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The primitive's static parameters."""
+        return self.eqn.params
+
+    def rebind(self, index: int, operand: Any) -> list[Any]:
+        """The same equation with operand `index` replaced by one of the same shape."""
+        operands = (*self.operands[:index], operand, *self.operands[index + 1 :])
+        return self.dispatch(dataclasses.replace(self, operands=operands))
+
+
+class Leaf(abc.ABC):
+    """What a model reads at one place of a rewritten tree.
+
+    A concrete leaf is a frozen dataclass, registered as a pytree by `register`, with a field
+    `base` (the array, or the leaf, that was there before) and a static field `path`.
+    A method named `rule_PRIMITIVE(call, index)` says what that JAX primitive does when its
+    operand `index` is this leaf. It returns the list of the equation's results (arrays or
+    leaves), or None where it does not apply.
+    """
+
+    base: Any
+    path: str
+
+    @property
+    def proxy(self) -> jax.Array:
+        """An array of the shape and type that the model sees here; only its type is read."""
+        return self.base.proxy if isinstance(self.base, Leaf) else self.base
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that the model sees."""
+        return tuple(self.proxy.shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes that the model sees."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements that the model sees."""
+        return int(self.proxy.size)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The element type that the model sees."""
+        return self.proxy.dtype
+
+    def rule(self, call: Call, index: int) -> list[Any] | None:
+        """The results of `call`, whose operand `index` is this leaf; None without a rule."""
+        method = getattr(self, f"rule_{call.name}", None)
+        return None if method is None else method(call, index)
+
+
+class Weight(Leaf):
+    """A leaf that stands for a dense array: a primitive without a rule reads that array."""
+
+    @abc.abstractmethod
+    def materialise(self) -> jax.Array:
+        """The dense array, of this leaf's shape and dtype."""
+
+
+class Site(Leaf):
+    """A leaf that acts where it is used: a primitive without a rule is an error."""
+
+
+def register(cls: type[L]) -> type[L]:
+    """Register a frozen dataclass as a pytree; fields with `metadata={"static": True}` are aux."""
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    meta = [f.name for f in fields if f.metadata.get("static")]
+    data = [f.name for f in fields if not f.metadata.get("static")]
+    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+
+
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field that belongs to the tree's structure rather than to its arrays."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+def is_leaf(x: Any) -> TypeGuard[Leaf]:
+    """Whether `x` is a rewritten leaf, for `jax.tree.map(..., is_leaf=jpeft.is_leaf)`."""
+    return isinstance(x, Leaf)
+
+
+def dense(x: Any) -> Any:
+    """`x` as an array: a weight is materialised, an array stays.
+
+    **Raises:** `LeafError` for a site, which stands for no array.
+    """
+    if isinstance(x, Weight):
+        return x.materialise()
+    if isinstance(x, Leaf):
+        raise LeafError(f"{type(x).__name__} at '{x.path}' acts where it is used: it has no array")
+    return x
+
+
+def without_rule(call: Call) -> Sequence[Any]:
+    """The operands of a call that no leaf has a rule for, all dense.
+
+    **Raises:** `LeafError` that names the leaf and the primitive, for a site.
+    """
+    for leaf in call.operands:
+        if isinstance(leaf, Site):
+            raise LeafError(
+                f"{type(leaf).__name__} at '{leaf.path}' cannot be read by the operation "
+                f"'{call.name}': target another parameter, or use another method there"
+            )
+        if isinstance(leaf, Leaf):
+            _tell_once(type(leaf).__name__, leaf.path, call.name)
+    return [dense(x) for x in call.operands]
+
+
+@functools.lru_cache(maxsize=4096)
+def _tell_once(kind: str, path: str, primitive: str) -> None:
+    logger.warning(
+        "%s at '%s' is read by '%s', which has no rule for it: the dense weight is computed there",
+        kind,
+        path,
+        primitive,
+    )

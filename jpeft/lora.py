@@ -1,0 +1,278 @@
+"""LoRA and its kin: rsLoRA, DoRA, patterns of ranks, fused kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import string
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jpeft.leaf import Leaf, dense, register, static
+from jpeft.lowrank import LowRank
+from jpeft.paths import TargetError, by_pattern, flatten, match, replace
+from jpeft.rescale import Scaled
+from jpeft.transform import Params, Trainable, Transform
+from jpeft.uses import Use, Uses
+
+_NONE: Mapping[str, Any] = {}
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """What LoRA trains for one parameter.
+
+    **Attributes:** `a`, fp32 `(*batch, *inputs, rank)`; `b`, fp32 `(*batch, rank, *outputs)`;
+    `magnitude`, None, or for DoRA fp32 `(*batch, *outputs)`; `axes`, one letter for each axis of
+    the parameter, `b` batch, `i` input, `o` output.
+
+    For a fused kernel with `n` trained parts, `a` has `n * rank` columns, and `b` as many rows,
+    over the width of one part: rows `k * rank` to `(k + 1) * rank` belong to the k-th trained one.
+    """
+
+    a: Float[Array, ...]
+    b: Float[Array, ...]
+    magnitude: Float[Array, ...] | None = None
+    axes: str = static("io")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA(Transform):
+    """Low-rank updates `W + (alpha / rank) A B` of the matched parameters.
+
+    A starts Kaiming-uniform and B at zero, for look-up tables A at zero and B normal, so that
+    training starts at the model itself.
+
+    **Arguments:**
+
+    - `rank`, `alpha`: the update's rank, and its scale's numerator.
+    - `targets`: regular expressions, searched in `/`-joined paths; each must match a parameter.
+    - `dropout`: of the low-rank branch's input, when `rewrite` is given a key.
+    - `rslora`: scale by `alpha / sqrt(rank)` (Kalajdzievski 2023).
+    - `dora`: train a magnitude for each output too (Liu et al. 2024); its norm is a constant to
+      the gradient.
+    - `rank_pattern`, `alpha_pattern`: other values where a pattern is found in the path.
+    - `axes`: pattern to letters, one for each axis of the parameter (`i`, `o`, `b`), where neither
+      its shape nor `uses` tells; `{r"query/kernel$": "ioo"}`.
+    - `parts`: for fused kernels, pattern to `(parts, trained)`: `{r"c_attn": (3, (0, 2))}` trains
+      separate updates of q and v in a kernel that holds q, k, v side by side along its last
+      output axis, as the paper does for GPT-2. Without it the fused kernel has one update.
+
+    Source: Hu et al. 2021, section 4.1.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    targets: str | Sequence[str] = ()
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=lambda: _NONE)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=lambda: _NONE)
+    axes: Mapping[str, str] = dataclasses.field(default_factory=lambda: _NONE)
+    parts: Mapping[str, tuple[int, tuple[int, ...]]] = dataclasses.field(
+        default_factory=lambda: _NONE
+    )
+
+    def __post_init__(self) -> None:
+        ranks = [self.rank, *self.rank_pattern.values()]
+        if any(r < 1 for r in ranks):
+            raise ValueError(f"a LoRA rank must be at least 1, got {min(ranks)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def init(self, key: Key[Array, ""], params: Params, *, uses: Uses | None = None) -> Trainable:
+        """`{path: Factors}` for every matched parameter."""
+        leaves = flatten(params)
+        chosen = match(self.targets, leaves)
+        for patterns in (self.rank_pattern, self.alpha_pattern, self.axes, self.parts):
+            for pattern in patterns:
+                match(pattern, chosen)
+        return {path: self._factors(key, path, leaves[path], uses) for path in chosen}
+
+    def rewrite(
+        self, params: Params, trainable: Trainable, *, key: Key[Array, ""] | None = None
+    ) -> Params:
+        """The parameters with a `LowRank` leaf (for DoRA, rescaled) at every matched path."""
+        leaves = flatten(params)
+        return replace(
+            params,
+            {
+                path: self._leaf(
+                    path, leaves[path], f, _fold(key, path) if key is not None else key
+                )
+                if path in leaves
+                else f
+                for path, f in trainable.items()
+            },
+        )
+
+    def scale(self, path: str) -> float:
+        """The factor of the update at `path`: `alpha / rank`, or `alpha / sqrt(rank)`."""
+        rank = by_pattern(self.rank_pattern, path, self.rank)
+        alpha = by_pattern(self.alpha_pattern, path, self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def unmerge(self, merged: Params, trainable: Trainable) -> Params:
+        """The base parameters again, from merged ones: the update is subtracted, in fp32.
+
+        **Raises:** `ValueError` for DoRA, whose merging loses the weight's norm.
+        """
+        if self.dora:
+            raise ValueError("DoRA cannot be unmerged: keep the base parameters")
+        leaves = flatten(merged)
+        base: dict[str, Any] = {}
+        for path, f in trainable.items():
+            leaf = self._leaf(path, leaves[path], f, None) if path in leaves else None
+            if isinstance(leaf, LowRank):
+                base[path] = (leaves[path].astype(f.a.dtype) - leaf.delta()).astype(leaf.dtype)
+        return replace(merged, base)
+
+    # -- building ----------------------------------------------------------------------------
+
+    def _factors(self, key: Any, path: str, leaf: Any, uses: Uses | None) -> Factors:
+        axes, table = self._axes(path, leaf, uses)
+        shape = {
+            k: [n for n, kind in zip(leaf.shape, axes, strict=True) if kind == k] for k in "bio"
+        }
+        fan_in, fan_out = math.prod(shape["i"]), math.prod(shape["o"])
+        rank = by_pattern(self.rank_pattern, path, self.rank)
+        n_parts, trained = by_pattern(self.parts, path, (1, (0,)))
+        if shape["o"][-1] % n_parts or not all(0 <= k < n_parts for k in trained) or not trained:
+            raise TargetError(
+                f"'{path}' has outputs {tuple(shape['o'])}: they do not split into {n_parts} equal "
+                f"parts of which {trained} are trained"
+            )
+        shape["o"][-1] //= n_parts
+        if rank > min(fan_in, fan_out // n_parts):
+            raise TargetError(
+                f"rank {rank} is above the size of '{path}', which is "
+                f"{fan_in} in and {fan_out // n_parts} out: choose a rank of at most "
+                f"{min(fan_in, fan_out // n_parts)}"
+            )
+        width = rank * len(trained)
+        a_shape, b_shape = (*shape["b"], *shape["i"], width), (*shape["b"], width, *shape["o"])
+        key = _fold(key, path)
+        if table:
+            a, b = jnp.zeros(a_shape), jax.random.normal(key, b_shape)
+        else:
+            # Kaiming-uniform with a = sqrt(5), as torch: a bound of 1 / sqrt(inputs).
+            bound = 1 / math.sqrt(fan_in)
+            a, b = jax.random.uniform(key, a_shape, minval=-bound, maxval=bound), jnp.zeros(b_shape)
+        magnitude = None
+        if self.dora:
+            magnitude = jnp.squeeze(column_norm(dense(leaf), axes), _at(axes, "i"))
+        return Factors(a.astype(jnp.float32), b.astype(jnp.float32), magnitude, axes)
+
+    def _axes(self, path: str, leaf: Any, uses: Uses | None) -> tuple[str, bool]:
+        """The letters of the parameter's axes, and whether it is a look-up table."""
+        ndim = len(leaf.shape)
+        given = by_pattern(self.axes, path, "")
+        if given:
+            if len(given) != ndim or not set("io") <= set(given) <= set("bio"):
+                raise TargetError(
+                    f"'{path}' has {ndim} axes, of sizes {tuple(leaf.shape)}; axes='{given}' must "
+                    "have as many letters, with at least one 'i' and one 'o'"
+                )
+            return given, False
+        if uses is not None:
+            return _from_uses(path, ndim, uses)
+        if ndim == 2:
+            return "io", bool(re.search(r"embedding$", path))
+        if ndim < 2:
+            raise TargetError(
+                f"LoRA needs a matrix, but '{path}' has shape {tuple(leaf.shape)}: make the "
+                "pattern end in the kernel's name, such as r'kernel$'"
+            )
+        raise TargetError(
+            f"'{path}' has shape {tuple(leaf.shape)}: which axes are its inputs? Pass "
+            "uses=jpeft.uses(apply, params, *inputs) to init, or give LoRA axes="
+        )
+
+    def _leaf(self, path: str, base: Any, f: Factors, key: Any) -> Leaf:
+        b = f.b
+        n_parts, trained = by_pattern(self.parts, path, (1, (0,)))
+        if n_parts > 1:
+            b = block_rows(b, n_parts, trained, f.axes.count("b"))
+        batch = tuple(n for n, kind in zip(base.shape, f.axes, strict=True) if kind == "b")
+        if key is not None and self.dropout:
+            key = jax.random.split(key, batch) if batch else key
+        else:
+            key = None
+        leaf = LowRank(base, f.a, b, key, self.scale(path), self.dropout, f.axes, path)
+        if f.magnitude is None:
+            return leaf
+        norm = jax.lax.stop_gradient(_updated_norm(leaf))
+        return Scaled(leaf, jnp.expand_dims(f.magnitude, _at(f.axes, "i")) / norm, path)
+
+
+def column_norm(weight: Array, axes: str, extra: Array | float = 0.0) -> Array:
+    """The fp32 norm over a weight's inputs, of size 1 there; `extra` is added to its square."""
+    square = jnp.sum(weight.astype(jnp.float32) ** 2, axis=_at(axes, "i"), keepdims=True)
+    return jnp.sqrt(square + extra)
+
+
+def block_rows(b: Array, parts: int, trained: Sequence[int], n_batch: int) -> Array:
+    """B of a fused kernel over its whole width: each trained part's rows reach that part alone.
+
+    `(*batch, len(trained) * rank, ..., width)` to `(*batch, len(trained) * rank, ..., parts *
+    width)`.
+    """
+    rows = jnp.split(b, len(trained), axis=n_batch)
+    width = b.shape[-1]
+    placed = [
+        jnp.pad(r, [(0, 0)] * (b.ndim - 1) + [(k * width, (parts - 1 - k) * width)])
+        for r, k in zip(rows, trained, strict=True)
+    ]
+    return jnp.concatenate(placed, axis=n_batch)
+
+
+def _updated_norm(leaf: LowRank) -> Array:
+    """`||W + s A B||` over the inputs, from the factors: the sum is never formed."""
+    letters = string.ascii_lowercase[: leaf.ndim]
+    of = {
+        k: "".join(x for x, kind in zip(letters, leaf.axes, strict=True) if kind == k)
+        for k in "bio"
+    }
+    a, b, w = leaf.scale * leaf.a, leaf.b, dense(leaf.base).astype(leaf.a.dtype)
+    a_is, b_is = f"{of['b']}{of['i']}z", f"{of['b']}z{of['o']}"
+    cross = jnp.einsum(f"{a_is},{letters}->{b_is}", a, w)
+    gram = jnp.einsum(f"{a_is.replace('z', 'y')},{a_is}->{of['b']}yz", a, a)
+    through = jnp.einsum(f"{of['b']}yz,{b_is}->{b_is.replace('z', 'y')}", gram, b)
+    extra = jnp.sum((2 * cross + through) * b, axis=len(of["b"]))
+    return column_norm(w, leaf.axes, jnp.expand_dims(extra, _at(leaf.axes, "i")))
+
+
+def _from_uses(path: str, ndim: int, uses: Uses) -> tuple[str, bool]:
+    found: tuple[Use, ...] = tuple(uses.get(path, ()))
+    products = [u for u in found if u.axes is not None and len(u.axes) == ndim and "o" in u.axes]
+    if not products:
+        how = ", ".join(dict.fromkeys(u.primitive for u in found)) or "nothing"
+        raise TargetError(
+            f"LoRA needs a parameter that is multiplied or looked up, but '{path}' is read by "
+            f"{how}: make the pattern end in the kernel's name, such as r'kernel$'"
+        )
+    # A table that is also the output head is looked up first: its rows are its inputs.
+    products.sort(key=lambda u: u.primitive != "gather")
+    axes = products[0].axes
+    assert axes is not None
+    return axes, products[0].primitive == "gather"
+
+
+def _at(axes: str, letter: str) -> tuple[int, ...]:
+    return tuple(i for i, k in enumerate(axes) if k == letter)
+
+
+def _fold(key: Any, path: str) -> Any:
+    """A key of its own for each path, whatever else is matched."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)

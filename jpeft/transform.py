@@ -1,0 +1,135 @@
+"""What a transform is, and the two simplest: a chain of transforms, and training what is there."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from jpeft.leaf import Leaf
+from jpeft.paths import TargetError, flatten, match, replace
+from jpeft.uses import Uses
+
+Params = Any
+Trainable = Any
+
+
+class Transform(abc.ABC):
+    """A fine-tuning method: the arrays that it trains, and how a model reads them.
+
+    Both methods are pure, and run under `jax.jit`, `jax.eval_shape` and the other JAX
+    transformations. A transform is a frozen dataclass of plain values.
+    """
+
+    @abc.abstractmethod
+    def init(self, key: Key[Array, ""], params: Params, *, uses: Uses | None = None) -> Trainable:
+        """The trainable arrays at the start, a pytree that holds nothing else.
+
+        **Arguments:** `key`, a PRNG key; `params`, the model's parameters (arrays, or their
+        `jax.ShapeDtypeStruct`s under `jax.eval_shape`); `uses`, what `jpeft.uses` found, needed
+        where the shape of a parameter does not tell how it is used.
+
+        **Raises:** `jpeft.TargetError` for a pattern that matches nothing, or a parameter that
+        the method cannot act on.
+        """
+
+    @abc.abstractmethod
+    def rewrite(
+        self, params: Params, trainable: Trainable, *, key: Key[Array, ""] | None = None
+    ) -> Params:
+        """The parameters as the model is to read them, with `trainable` in place.
+
+        **Arguments:** `key` switches on what is random in training, such as dropout.
+
+        **Raises:** `jpeft.TargetError` when `trainable` belongs to other parameters.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Transform):
+    """Train parameters as they are: full fine-tuning of what the patterns match.
+
+    The trained copies are fp32 whatever the model's type; the model reads them in its own.
+    `Train(r".*")` is full fine-tuning, `Train(r"^classifier/")` a new head.
+    """
+
+    targets: str | Sequence[str]
+
+    def init(self, key: Key[Array, ""], params: Params, *, uses: Uses | None = None) -> Trainable:
+        """`{path: fp32 array of the parameter's shape}`, starting at the parameters."""
+        del key, uses
+        leaves = flatten(params)
+        trainable: dict[str, Any] = {}
+        for path in match(self.targets, leaves):
+            leaf = leaves[path]
+            if isinstance(leaf, Leaf):
+                raise TargetError(
+                    f"'{path}' was already rewritten ({type(leaf).__name__}): put Train before the "
+                    "method that rewrites it, or leave it out of one of the two"
+                )
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise TargetError(f"'{path}' is {leaf.dtype}: only real numbers can be trained")
+            # A copy even where it is fp32 already: a step that donates it must not eat the model.
+            trainable[path] = jnp.array(leaf, dtype=jnp.float32, copy=True)
+        return trainable
+
+    def rewrite(
+        self, params: Params, trainable: Trainable, *, key: Key[Array, ""] | None = None
+    ) -> Params:
+        """The parameters with the trained ones in place, in the model's type."""
+        del key
+        leaves = flatten(params)
+        return replace(
+            params,
+            {
+                path: value.astype(leaves[path].dtype) if path in leaves else value
+                for path, value in trainable.items()
+            },
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Transform):
+    """Several transforms, one after another; its trainable is the tuple of theirs."""
+
+    transforms: tuple[Transform, ...]
+
+    def init(self, key: Key[Array, ""], params: Params, *, uses: Uses | None = None) -> Trainable:
+        """A tuple: each transform is initialised on what those before it have rewritten."""
+        trainables: list[Trainable] = []
+        for i, transform in enumerate(self.transforms):
+            trainable = transform.init(jax.random.fold_in(key, i), params, uses=uses)
+            params = transform.rewrite(params, trainable)
+            trainables.append(trainable)
+        return tuple(trainables)
+
+    def rewrite(
+        self, params: Params, trainable: Trainable, *, key: Key[Array, ""] | None = None
+    ) -> Params:
+        """Each transform's rewriting in turn."""
+        if len(trainable) != len(self.transforms):
+            raise TargetError(
+                f"the trained state is of {len(trainable)} transforms, the chain has "
+                f"{len(self.transforms)}"
+            )
+        for i, (transform, part) in enumerate(zip(self.transforms, trainable, strict=True)):
+            params = transform.rewrite(
+                params, part, key=None if key is None else jax.random.fold_in(key, i)
+            )
+        return params
+
+
+def chain(*transforms: Transform) -> Chain:
+    """Apply transforms one after another, as one transform.
+
+    **Raises:** `TypeError` for an argument that is no transform.
+    """
+    for t in transforms:
+        if not isinstance(t, Transform):
+            raise TypeError(f"jpeft.chain takes transforms, got {t!r}")
+    return Chain(tuple(transforms))
