@@ -7,8 +7,8 @@ written so that it does not depend on either.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
+from typing import Any, TypeGuard
 
 import jax
 from jax.extend import core as jex
@@ -19,9 +19,14 @@ def open_jaxpr(jaxpr: Any) -> tuple[jex.Jaxpr, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-def is_literal(atom: Any) -> bool:
+def is_literal(atom: Any) -> TypeGuard[jex.Literal]:
     """Whether an equation's operand is a constant written into the program."""
     return isinstance(atom, jex.Literal)
+
+
+def shape_of(atom: Any) -> tuple[int, ...]:
+    """The shape of an equation's operand or result."""
+    return tuple(atom.aval.shape)
 
 
 def evaluate(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -44,7 +49,7 @@ def _named() -> None:
 
 
 @contextlib.contextmanager
-def context(eqn: jex.JaxprEqn) -> Iterator[None]:
+def context(eqn: jex.JaxprEqn) -> Generator[None]:
     """The name stack and configuration under which `eqn` was traced."""
     scope = str(eqn.source_info.name_stack)
     with contextlib.ExitStack() as stack:
@@ -58,11 +63,11 @@ def scan_counts(eqn: jex.JaxprEqn) -> tuple[int, int]:
     """`(constants, carries)` of a scan: what is scanned loses its leading axis in the body."""
     body, _ = open_jaxpr(eqn.params["jaxpr"])
     scanned = sum(
-        outer.aval.ndim != inner.aval.ndim
+        len(shape_of(outer)) != len(shape_of(inner))
         for outer, inner in zip(eqn.invars, body.invars, strict=True)
     )
     carries = sum(
-        outer.aval.ndim == inner.aval.ndim
+        len(shape_of(outer)) == len(shape_of(inner))
         for outer, inner in zip(eqn.outvars, body.outvars, strict=True)
     )
     return len(eqn.invars) - scanned - carries, carries

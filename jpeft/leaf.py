@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jpeft._compat import shape_of
 
 if TYPE_CHECKING:
     from jax.extend.core import JaxprEqn
@@ -45,6 +48,11 @@ class Call:
         """The primitive's static parameters."""
         return self.eqn.params
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the first result."""
+        return shape_of(self.eqn.outvars[0])
+
     def rebind(self, index: int, operand: Any) -> list[Any]:
         """The same equation with operand `index` replaced by one of the same shape."""
         operands = (*self.operands[:index], operand, *self.operands[index + 1 :])
@@ -55,7 +63,8 @@ class Leaf(abc.ABC):
     """What a model reads at one place of a rewritten tree.
 
     A concrete leaf is a frozen dataclass, registered as a pytree by `register`, with a field
-    `base` (the array, or the leaf, that was there before) and a static field `path`.
+    `base` (the array, or the leaf, that was there before) and a static field `path`. Its array
+    fields are typed `Any`, since JAX fills a pytree with other things too (axes, shardings).
     A method named `rule_PRIMITIVE(call, index)` says what that JAX primitive does when its
     operand `index` is this leaf. It returns the list of the equation's results (arrays or
     leaves), or None where it does not apply.
@@ -88,6 +97,10 @@ class Leaf(abc.ABC):
     def dtype(self) -> jnp.dtype:
         """The element type that the model sees."""
         return self.proxy.dtype
+
+    @abc.abstractmethod
+    def specs(self, spec: PartitionSpec) -> Any:
+        """This leaf with a `PartitionSpec` for each of its arrays, when the base has `spec`."""
 
     def rule(self, call: Call, index: int) -> list[Any] | None:
         """The results of `call`, whose operand `index` is this leaf; None without a rule."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, PRNGKeyArray
 
 from jpeft.leaf import Leaf, dense, register, static
 from jpeft.lowrank import LowRank
@@ -91,7 +91,7 @@ class LoRA(Transform):
     def __hash__(self) -> int:
         return hash(repr(self))
 
-    def init(self, key: Key[Array, ""], params: Params, *, uses: Uses | None = None) -> Trainable:
+    def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
         """`{path: Factors}` for every matched parameter."""
         leaves = flatten(params)
         chosen = match(self.targets, leaves)
@@ -101,7 +101,7 @@ class LoRA(Transform):
         return {path: self._factors(key, path, leaves[path], uses) for path in chosen}
 
     def rewrite(
-        self, params: Params, trainable: Trainable, *, key: Key[Array, ""] | None = None
+        self, params: Params, trainable: Trainable, *, key: PRNGKeyArray | None = None
     ) -> Params:
         """The parameters with a `LowRank` leaf (for DoRA, rescaled) at every matched path."""
         leaves = flatten(params)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from jpeft._axes import reshaped_kinds
 from jpeft.leaf import Call, Leaf, Weight, dense, register, static
@@ -107,7 +107,8 @@ class LowRank(Weight):
         beside = (tuple(range(len(my_batch))), tuple(place(i) for i in my_batch))
         right = right.astype(low.dtype)
         if index == 0:
-            left, right, meet, beside = right, left, meet[::-1], beside[::-1]
+            left, right = right, left
+            meet, beside = (meet[1], meet[0]), (beside[1], beside[0])
         update = jax.lax.dot_general(
             left,
             right,
@@ -229,7 +230,7 @@ class LowRank(Weight):
 
     def _reshaped(self, call: Call, index: int) -> list[Any] | None:
         """Splitting or joining axes of one kind; axes of size 1 come and go freely."""
-        new = tuple(call.eqn.outvars[0].aval.shape)
+        new = call.shape
         kinds = reshaped_kinds(self.kinds, self.shape, new)
         if kinds is None:
             return None

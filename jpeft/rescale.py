@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jpeft._axes import regroup
 from jpeft.leaf import Call, Leaf, Weight, dense, register, static
@@ -22,6 +22,8 @@ class Scaled(Weight):
 
     In a product the gain multiplies the activations: those that go in, where it varies along the
     contracted axes, or those that come out. The scaled weight is never formed.
+
+    **Attributes:** `base`, the weight, an array or another weight leaf; `gain`, an fp32 array.
     """
 
     base: Any
@@ -111,7 +113,7 @@ class Scaled(Weight):
     def _reshaped(self, call: Call, index: int) -> list[Any]:
         """A reshape needs the gain along every axis; it is small beside the weight's product."""
         (base,) = call.rebind(index, self.base)
-        new = tuple(call.eqn.outvars[0].aval.shape)
+        new = call.shape
         groups = regroup(self.shape, new)
         shape: list[int] = []
         gain = self.gain

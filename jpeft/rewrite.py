@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 
@@ -46,8 +46,8 @@ def lift(apply: Callable[P, T]) -> Callable[P, T]:
             filled = list(leaves)
             for i, array in zip(traced, arrays, strict=True):
                 filled[i] = array
-            inner_args, inner_kwargs = jax.tree.unflatten(treedef, filled)
-            return apply(*inner_args, **inner_kwargs)
+            call: tuple[Any, Any] = jax.tree.unflatten(treedef, filled)
+            return cast("Callable[..., T]", apply)(*call[0], **call[1])
 
         values = [leaves[i] for i in traced]
         shapes = [x.proxy if isinstance(x, Leaf) else x for x in values]

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import PRNGKeyArray
 
 from jpeft.leaf import Leaf
 from jpeft.paths import TargetError, flatten, match, replace
@@ -27,7 +27,7 @@ class Transform(abc.ABC):
     """
 
     @abc.abstractmethod
-    def init(self, key: Key[Array, ""], params: Params, *, uses: Uses | None = None) -> Trainable:
+    def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
         """The trainable arrays at the start, a pytree that holds nothing else.
 
         **Arguments:** `key`, a PRNG key; `params`, the model's parameters (arrays, or their
@@ -40,7 +40,7 @@ class Transform(abc.ABC):
 
     @abc.abstractmethod
     def rewrite(
-        self, params: Params, trainable: Trainable, *, key: Key[Array, ""] | None = None
+        self, params: Params, trainable: Trainable, *, key: PRNGKeyArray | None = None
     ) -> Params:
         """The parameters as the model is to read them, with `trainable` in place.
 
@@ -60,7 +60,7 @@ class Train(Transform):
 
     targets: str | Sequence[str]
 
-    def init(self, key: Key[Array, ""], params: Params, *, uses: Uses | None = None) -> Trainable:
+    def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
         """`{path: fp32 array of the parameter's shape}`, starting at the parameters."""
         del key, uses
         leaves = flatten(params)
@@ -79,7 +79,7 @@ class Train(Transform):
         return trainable
 
     def rewrite(
-        self, params: Params, trainable: Trainable, *, key: Key[Array, ""] | None = None
+        self, params: Params, trainable: Trainable, *, key: PRNGKeyArray | None = None
     ) -> Params:
         """The parameters with the trained ones in place, in the model's type."""
         del key
@@ -99,7 +99,7 @@ class Chain(Transform):
 
     transforms: tuple[Transform, ...]
 
-    def init(self, key: Key[Array, ""], params: Params, *, uses: Uses | None = None) -> Trainable:
+    def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
         """A tuple: each transform is initialised on what those before it have rewritten."""
         trainables: list[Trainable] = []
         for i, transform in enumerate(self.transforms):
@@ -109,7 +109,7 @@ class Chain(Transform):
         return tuple(trainables)
 
     def rewrite(
-        self, params: Params, trainable: Trainable, *, key: Key[Array, ""] | None = None
+        self, params: Params, trainable: Trainable, *, key: PRNGKeyArray | None = None
     ) -> Params:
         """Each transform's rewriting in turn."""
         if len(trainable) != len(self.transforms):

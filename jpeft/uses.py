@@ -188,8 +188,8 @@ class Probe(Weight):
     def rule_reshape(self, call: Call, index: int) -> list[Any]:
         """An axis that is split or joined stands for the same stored axes."""
         (base,) = call.rebind(index, self.base)
-        new = tuple(call.eqn.outvars[0].aval.shape)
-        axes = [()] * len(new)
+        new = call.shape
+        axes: list[tuple[int, ...]] = [()] * len(new)
         for before, after in regroup(self.shape, new):
             behind = tuple(j for i in before for j in self._seen[i])
             for j in after:
@@ -201,7 +201,7 @@ class Probe(Weight):
     def rule_broadcast_in_dim(self, call: Call, index: int) -> list[Any]:
         """New axes have no stored axis behind them."""
         (base,) = call.rebind(index, self.base)
-        axes = [()] * len(call.params["shape"])
+        axes: list[tuple[int, ...]] = [()] * len(call.params["shape"])
         for i, j in enumerate(call.params["broadcast_dimensions"]):
             axes[j] = self._seen[i]
         return [dataclasses.replace(self, base=base, axes=tuple(axes))]
@@ -209,7 +209,7 @@ class Probe(Weight):
     def rule_slice(self, call: Call, index: int) -> list[Any]:
         """A part of the parameter is the parameter; an axis cut to one element is sliced away."""
         (base,) = call.rebind(index, self.base)
-        sizes = call.eqn.outvars[0].aval.shape
+        sizes = call.shape
         axes = tuple(
             () if n == 1 and self.shape[i] != 1 else self._seen[i] for i, n in enumerate(sizes)
         )

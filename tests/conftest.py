@@ -1,0 +1,27 @@
+"""Settings that hold for every test: eight virtual CPU devices, no network, one thread a worker."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pathlib
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A PRNG key, the same in every test."""
+    return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def data() -> pathlib.Path:
+    """The folder of real data: `$JPEFT_DATA`, or `shared/data` beside the repository."""
+    beside = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = pathlib.Path(os.environ.get("JPEFT_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is absent (set JPEFT_DATA)")
+    return folder

@@ -1,0 +1,496 @@
+"""`lift`: what it leaves alone, what it adds, and every kind of control flow around a leaf."""
+
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jpeft
+from jpeft import _compat
+
+PARAMS = {
+    "w": jax.random.normal(jax.random.key(1), (6, 6)),
+    "stack": jax.random.normal(jax.random.key(2), (3, 6, 6)) * 0.4,
+    "bias": jnp.arange(6.0),
+}
+X = jax.random.normal(jax.random.key(3), (4, 6))
+
+
+def plain(params, x):
+    return jnp.tanh(x @ params["w"] + params["bias"])
+
+
+def jitted(params, x):
+    return jax.jit(plain)(params, x)
+
+
+def nested_jit(params, x):
+    return jax.jit(lambda w, x: jax.jit(jnp.matmul)(x, w))(params["w"], x)
+
+
+def scanned(params, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), h.sum()), x, params["stack"])
+
+
+def scan_constant(params, x):
+    return jax.lax.scan(lambda h, _: (jnp.tanh(h @ params["w"]), None), x, length=3)[0]
+
+
+def scan_carried(params, x):
+    """The weight is part of the carry, handed on untouched (as graph states often are)."""
+
+    def body(carry, _):
+        w, h = carry
+        return (w, jnp.tanh(h @ w)), h.mean()
+
+    (w, h), means = jax.lax.scan(body, (params["w"], x), length=3)
+    return h, means, h @ w
+
+
+def scan_changed(params, x):
+    """The weight is part of the carry and changes: it has to become dense."""
+    (_, h), _ = jax.lax.scan(
+        lambda c, _: ((c[0] * 0.5, c[1] @ c[0]), None), (params["w"], x), length=2
+    )
+    return h
+
+
+def scan_reversed_unrolled(params, x):
+    return jax.lax.scan(
+        lambda h, w: (jnp.tanh(h @ w), h), x, params["stack"], reverse=True, unroll=2
+    )
+
+
+def scan_stacks_weight(params, x):
+    """The body hands its slice of the weight out again, which stacks it."""
+    _, ws = jax.lax.scan(lambda h, w: (h @ w, w), x, params["stack"])
+    return x @ ws[1]
+
+
+def while_loop(params, x):
+    return jax.lax.while_loop(
+        lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ params["w"])), (0, x)
+    )[1]
+
+
+def while_cond_reads(params, x):
+    def going(c):
+        return (c[0] < 50) & (jnp.abs(c[1] @ params["w"]).max() < 12)
+
+    return jax.lax.while_loop(going, lambda c: (c[0] + 1, c[1] * 1.02), (0, x))
+
+
+def fori(params, x):
+    return jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ params["stack"][i]), x)
+
+
+def cond(params, x):
+    return jax.lax.cond(x.sum() > 0, lambda h: h @ params["w"], lambda h: h @ params["w"].T, x)
+
+
+def switch(params, x):
+    branches = [lambda h, w, k=k: (h @ w) * (k + 1) for k in range(3)]
+    return jax.lax.switch(jnp.argmax(x[0]) % 3, branches, x, params["w"])
+
+
+def remat(params, x):
+    return jax.checkpoint(plain)(params, x)
+
+
+def remat_policy(params, x):
+    policy = jax.checkpoint_policies.dots_saveable
+    return jax.checkpoint(scanned, policy=policy)(params, x)[0]
+
+
+@jax.custom_jvp
+def doubled_slope(x, w):
+    return jnp.sin(x @ w)
+
+
+@doubled_slope.defjvp
+def _doubled_slope_jvp(primals, tangents):
+    out, out_dot = jax.jvp(lambda x, w: jnp.sin(x @ w), primals, tangents)
+    return out, 2 * out_dot
+
+
+def custom_jvp(params, x):
+    return doubled_slope(x, params["w"])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def clipped(x, w, limit):
+    return x @ w
+
+
+clipped.defvjp(
+    lambda x, w, limit: (x @ w, (x, w)),
+    lambda limit, res, g: (
+        jnp.clip(g @ res[1].T, -limit, limit),
+        3.0 * jnp.clip(res[0].T @ g, -limit, limit),
+    ),
+)
+
+
+def custom_vjp(params, x):
+    return clipped(x, params["w"], 0.7)
+
+
+def vmapped(params, x):
+    return jax.vmap(lambda row: row @ params["w"] + params["bias"])(x)
+
+
+def vmapped_weights(params, x):
+    return jax.vmap(lambda w: jnp.tanh(x @ w))(params["stack"])
+
+
+def grad_inside(params, x):
+    return jax.grad(lambda x: plain(params, x).sum())(x)
+
+
+def arranged(params, x):
+    """Transposed, split, joined, sliced, cast: still the same weight."""
+    w = params["w"]
+    a = x @ w.T
+    b = jnp.einsum("td,dnh->tnh", x, w.reshape(6, 2, 3))
+    c = jnp.einsum("tnh,nhd->td", b, w.reshape(2, 3, 6))
+    d = x[:, :3] @ w[:3, ::2]
+    e = x @ w[None][0]
+    f = (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32)
+    g = x @ params["stack"][1]
+    h = x[:, 2:4] @ jax.lax.dynamic_slice(w, (x[0, 0].astype(int) * 0 + 2, 0), (2, 6))
+    i = jnp.einsum("de,td->te", w, x)
+    j = jnp.einsum("lde,td->tle", params["stack"], x)
+    k = jnp.einsum("lde,ltd->lte", params["stack"], jnp.stack([x, x, x]))
+    return a, b, c, d, e, f, g, h, i, j, k
+
+
+def barrier(params, x):
+    w, x = jax.lax.optimization_barrier((params["w"], x))
+    return x @ w
+
+
+def used_as_array(params, x):
+    return (params["w"] ** 2).sum() + x @ (params["w"] + 1.0)
+
+
+def keyword_static(params, x, *, deterministic=True, scale=2.0, name="gelu"):
+    if not deterministic:
+        x = x * 0
+    return getattr(jax.nn, name)(x @ params["w"]) * scale
+
+
+MODELS = [
+    plain,
+    jitted,
+    nested_jit,
+    scanned,
+    scan_constant,
+    scan_carried,
+    scan_changed,
+    scan_reversed_unrolled,
+    scan_stacks_weight,
+    while_loop,
+    while_cond_reads,
+    fori,
+    cond,
+    switch,
+    remat,
+    remat_policy,
+    custom_jvp,
+    custom_vjp,
+    vmapped,
+    vmapped_weights,
+    grad_inside,
+    arranged,
+    barrier,
+    used_as_array,
+    keyword_static,
+]
+NOT_DIFFERENTIABLE = {while_loop, while_cond_reads, grad_inside}
+LORA = jpeft.LoRA(
+    rank=2, alpha=3.0, targets=(r"^w$", r"^stack$"), axes={"^w$": "io", "stack": "bio"}
+)
+
+
+def trained(lora=LORA, params=PARAMS):
+    """A state in which every array has moved from where it started."""
+    state = lora.init(jax.random.key(7), params)
+    leaves, treedef = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(8), len(leaves))
+    noise = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, noise)
+
+
+def close(a, b, tolerance=1e-5):
+    def compare(x, y):
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * (1 + np.abs(y).max()))
+
+    jax.tree.map(compare, a, b)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("how", ["eager", "jit"])
+def test_equals_the_merged_model(model, how):
+    lifted = jpeft.lift(model)
+    rewritten = LORA.rewrite(PARAMS, trained())
+    out = (jax.jit(lifted) if how == "jit" else lifted)(rewritten, X)
+    tolerance = 2e-2 if model is arranged else 1e-5  # one of its products is in bf16
+    close(out, model(jpeft.merge(rewritten), X), tolerance)
+    plain_out = jax.tree.leaves(model(PARAMS, X))
+    assert any(
+        not np.allclose(a, b, atol=1e-3)
+        for a, b in zip(jax.tree.leaves(out), plain_out, strict=True)
+    ), "the trained state changed nothing"
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda f: f.__name__)
+def test_identity_at_init(model):
+    rewritten = LORA.rewrite(PARAMS, LORA.init(jax.random.key(0), PARAMS))
+    tolerance = 2e-2 if model is arranged else 1e-6  # one of its products is in bf16
+    close(jax.jit(jpeft.lift(model))(rewritten, X), jax.jit(model)(PARAMS, X), tolerance)
+
+
+@pytest.mark.parametrize(
+    "model", [m for m in MODELS if m not in NOT_DIFFERENTIABLE], ids=lambda f: f.__name__
+)
+def test_gradients_equal_those_through_the_dense_weight(model):
+    def loss(out):
+        return sum(jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in jax.tree.leaves(out))
+
+    state = trained()
+    got = jax.jit(jax.grad(lambda s: loss(jpeft.lift(model)(LORA.rewrite(PARAMS, s), X))))(state)
+    want = jax.grad(lambda s: loss(model(jpeft.merge(LORA.rewrite(PARAMS, s)), X)))(state)
+    close(got, want, 5e-2 if model is arranged else 1e-4)
+    assert any(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(got))
+
+
+def test_forward_mode_uses_the_custom_rule():
+    state = trained()
+    tangent = jax.tree.map(jnp.ones_like, state)
+
+    def run(apply):
+        return jax.jvp(lambda s: apply(LORA.rewrite(PARAMS, s)), (state,), (tangent,))
+
+    got = run(lambda p: jpeft.lift(custom_jvp)(p, X))
+    close(got, run(lambda p: custom_jvp(jpeft.merge(p), X)), 1e-4)
+
+
+def test_vmap_outside_over_adapters_and_over_inputs():
+    states = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), trained())
+    xs = jnp.stack([X, -X])
+    got = jax.vmap(lambda s, x: jpeft.lift(scanned)(LORA.rewrite(PARAMS, s), x))(states, xs)
+    for i in range(2):
+        one = jax.tree.map(lambda x, i=i: x[i], states)
+        want = scanned(jpeft.merge(LORA.rewrite(PARAMS, one)), xs[i])
+        close(jax.tree.map(lambda y, i=i: y[i], got), want)
+
+
+def test_jit_scan_grad_and_remat_outside():
+    def loss(state, x):
+        return jnp.mean(jpeft.lift(scanned)(LORA.rewrite(PARAMS, state), x)[0] ** 2)
+
+    @jax.jit
+    def steps(state):
+        def step(state, x):
+            value, grads = jax.value_and_grad(jax.checkpoint(loss))(state, x)
+            return jax.tree.map(lambda p, g: p - 0.05 * g, state, grads), value
+
+        return jax.lax.scan(step, state, jnp.stack([X] * 20))
+
+    _, losses = steps(trained())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("sharded", ["in", "out", "batch"])
+def test_shard_map(sharded):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    p = PartitionSpec
+
+    def model(params, x):
+        if sharded == "in":
+            specs, out = (p("d", None), p(None, "d")), p()
+        elif sharded == "out":
+            specs, out = (p(None, "d"), p()), p(None, "d")
+        else:
+            specs, out = (p(), p("d")), p("d")
+
+        def body(w, x):
+            y = x @ w
+            return jax.lax.psum(y, "d") if sharded == "in" else y
+
+        return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=out)(params["w"], x)
+
+    rewritten = LORA.rewrite(PARAMS, trained())
+    close(jax.jit(jpeft.lift(model))(rewritten, X), X @ jpeft.merge(rewritten)["w"])
+
+
+def test_without_a_leaf_it_is_the_function_itself():
+    calls = []
+
+    def apply(params, x):
+        calls.append(type(x))
+        return x @ params["w"]
+
+    text = str(jax.make_jaxpr(jpeft.lift(apply))(PARAMS, X))
+    assert text == str(jax.make_jaxpr(apply)(PARAMS, X))
+    jpeft.lift(apply)(PARAMS, np.ones((1, 6)))
+    assert calls[-1] is np.ndarray, "an untouched call must not be traced"
+
+
+def equations(jaxpr):
+    """Every equation of a program, those of inner programs too."""
+    program, _ = _compat.open_jaxpr(jaxpr)
+    for eqn in program.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from equations(inner)
+
+
+def primitives(jaxpr):
+    names: dict[str, int] = {}
+    for eqn in equations(jaxpr):
+        names[eqn.primitive.name] = names.get(eqn.primitive.name, 0) + 1
+    return names
+
+
+def test_lora_adds_exactly_its_products():
+    rewritten = LORA.rewrite(PARAMS, trained())
+    before = primitives(jax.make_jaxpr(scanned)(PARAMS, X))
+    after = primitives(jax.make_jaxpr(jpeft.lift(scanned))(rewritten, X))
+    added = {k: n - before.get(k, 0) for k, n in after.items() if n != before.get(k, 0)}
+    assert added == {"dot_general": 2, "mul": 1, "add": 1}
+
+
+def test_a_leaf_that_is_not_read_adds_nothing():
+    only_stack = jpeft.LoRA(rank=2, targets="stack", axes={"stack": "bio"})
+    rewritten = only_stack.rewrite(PARAMS, trained(only_stack))
+    before = primitives(jax.make_jaxpr(plain)(PARAMS, X))
+    assert primitives(jax.make_jaxpr(jpeft.lift(plain))(rewritten, X)) == before
+
+
+def test_no_full_size_sum_and_no_full_size_gradient_in_the_compiled_step():
+    n, rank = 96, 4
+    params = {"w": jnp.ones((n, n + 1))}
+    lora = jpeft.LoRA(rank=rank, targets="w")
+    x = jnp.ones((5, n))
+
+    def step(params, state, x):
+        return jax.value_and_grad(
+            lambda s: jnp.sum(jpeft.lift(lambda p, x: x @ p["w"])(lora.rewrite(params, s), x) ** 2)
+        )(state)
+
+    state = lora.init(jax.random.key(0), params)
+    compiled = jax.jit(step).lower(params, state, x).compile()
+    full = f"f32[{n},{n + 1}]"
+    made = [
+        line
+        for line in compiled.as_text().splitlines()
+        if f"= {full}" in line and "parameter(" not in line
+    ]
+    assert made == []
+    frozen = sum(v.size for v in jax.tree.leaves(params)) * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < frozen / 2
+
+
+def test_named_scopes_survive():
+    def model(params, x):
+        with jax.named_scope("outer"):
+            x = jnp.sin(x)
+            with jax.named_scope("projection"):
+                return x @ params["w"]
+
+    rewritten = LORA.rewrite(PARAMS, trained())
+    text = jax.jit(jpeft.lift(model)).lower(rewritten, X).as_text(debug_info=True)
+    assert "outer/sin" in text
+    assert "outer/projection/dot_general" in text
+
+
+def test_donation_is_kept():
+    inner = jax.jit(lambda w, x: x @ w, donate_argnums=1)
+    rewritten = LORA.rewrite(PARAMS, trained())
+    donated = jnp.array(X)
+    jpeft.lift(lambda p, x: inner(p["w"], x))(rewritten, donated)
+    assert donated.is_deleted()
+
+
+def test_debug_callbacks_run():
+    seen = []
+
+    def model(params, x):
+        y = x @ params["w"]
+        jax.debug.callback(lambda v: seen.append(float(v)), y.sum())
+        return y
+
+    out = jax.jit(jpeft.lift(model))(LORA.rewrite(PARAMS, trained()), X)
+    jax.effects_barrier()
+    np.testing.assert_allclose(seen, [float(out.sum())], rtol=1e-5)
+
+
+def test_static_and_keyword_arguments():
+    rewritten = LORA.rewrite(PARAMS, trained())
+    got = jpeft.lift(keyword_static)(rewritten, X, deterministic=False, scale=3.0, name="relu")
+    want = keyword_static(jpeft.merge(rewritten), X, deterministic=False, scale=3.0, name="relu")
+    close(got, want)
+
+
+def test_leaf_as_a_keyword_and_returned():
+    rewritten = LORA.rewrite(PARAMS, trained())
+    out = jpeft.lift(lambda x, *, params: {"y": x @ params["w"], "same": params["w"]})(
+        X, params=rewritten
+    )
+    assert jpeft.is_leaf(out["same"])
+    close(jpeft.merge(out)["same"], jpeft.merge(rewritten)["w"])
+
+
+def test_inner_shardings_are_kept():
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("d"))
+    inner = jax.jit(lambda w, x: x @ w, in_shardings=(None, rows), out_shardings=rows)
+    rewritten = LORA.rewrite(PARAMS, trained())
+    out = jpeft.lift(lambda p, x: inner(p["w"], x))(rewritten, X)
+    assert out.sharding.is_equivalent_to(rows, 2)
+    close(out, X @ jpeft.merge(rewritten)["w"])
+
+
+def test_a_primitive_without_a_rule_tells_once(caplog):
+    def model(params, x):
+        return jnp.sort(params["told"], axis=0) + x
+
+    lora = jpeft.LoRA(rank=1, targets="told")
+    rewritten = lora.rewrite(
+        {"told": jnp.ones((4, 6))}, lora.init(jax.random.key(0), {"told": jnp.ones((4, 6))})
+    )
+    with caplog.at_level(logging.WARNING, "jpeft"):
+        jpeft.lift(model)(rewritten, X)
+        jpeft.lift(model)(rewritten, X)
+    told = [r.message for r in caplog.records if "'told'" in r.message]
+    assert len(told) == 1
+    assert "sort" in told[0]
+
+
+def test_a_site_without_a_rule_names_the_leaf_and_the_primitive():
+    from jpeft.leaf import Site, register, static
+
+    @register
+    @dataclasses.dataclass(frozen=True)
+    class Here(Site):
+        base: object
+        path: str = static("layer/bias")
+
+        def specs(self, spec):
+            return spec
+
+    with pytest.raises(jpeft.LeafError, match=r"Here at 'layer/bias'.*'sin'"):
+        jpeft.lift(jnp.sin)(Here(X))
+    with pytest.raises(jpeft.LeafError, match="no array"):
+        jpeft.merge({"a": Here(X)})
+    with pytest.raises(jpeft.LeafError, match="scan"):
+        jpeft.lift(lambda c: jax.lax.scan(lambda c, _: (c + 1, None), c, length=2))(Here(X))
