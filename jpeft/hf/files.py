@@ -1,0 +1,156 @@
+"""Reading a directory of safetensors: one file, or several with an index."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes as _  # noqa: F401  # gives numpy bfloat16, in which many checkpoints are
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "tf_model.h5")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read as what it is asked to be; says which file, and why."""
+
+
+def read_config(directory: pathlib.Path) -> dict[str, Any]:
+    """The contents of `config.json`. **Raises:** `CheckpointError`."""
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory")
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no config.json: it is not a model's directory")
+    return _read_json(path)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} cannot be read as JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+class Tensors:
+    """The tensors of a directory by name; one is read at a time.
+
+    **Raises:** `CheckpointError` for a file that is absent, truncated or damaged, an index that
+    points outside the directory, or weights that are pickled.
+    """
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        self._where = {
+            name: path
+            for path in self._files()
+            for name in _open(path).keys()  # noqa: SIM118
+        }
+
+    def _files(self) -> list[pathlib.Path]:
+        if (self.directory / SINGLE).is_file():
+            return [self.directory / SINGLE]
+        index = self.directory / INDEX
+        if not index.is_file():
+            pickled = [p for p in PICKLED if (self.directory / p).exists()]
+            if pickled:
+                raise CheckpointError(
+                    f"{self.directory} has its weights in {pickled[0]}, which is not read (loading "
+                    "a pickle runs code): convert it with transformers, "
+                    "model.save_pretrained(directory, safe_serialization=True)"
+                )
+            raise CheckpointError(f"{self.directory} has neither {SINGLE} nor {INDEX}")
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise CheckpointError(f"{index} has no weight_map")
+        paths: list[pathlib.Path] = []
+        for name in dict.fromkeys(str(v) for v in shards.values()):  # pyright: ignore
+            if pathlib.PurePath(name).name != name:
+                raise CheckpointError(f"{index} points outside its directory: '{name}'")
+            if not (self.directory / name).is_file():
+                raise CheckpointError(f"{index} names {name}, which is absent")
+            paths.append(self.directory / name)
+        return paths
+
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, read from the header."""
+        return tuple(_open(self._where[name]).get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, in the file's type."""
+        try:
+            return _open(self._where[name]).get_tensor(name)
+        except (SafetensorError, OSError, TypeError, AttributeError) as e:
+            raise CheckpointError(f"{self._where[name]}: cannot read '{name}': {e}") from e
+
+
+def _open(path: pathlib.Path) -> Any:
+    try:
+        return safe_open(path, framework="np")
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) is no complete safetensors file: {e}. "
+            "Fetch it again"
+        ) from e
+
+
+def write(
+    directory: pathlib.Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> None:
+    """`config.json` and `model.safetensors`, each appearing whole, by rename.
+
+    **Raises:** `OSError` (a full disk, no permission); then neither file is touched.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    arrays = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+    text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
+    atomically(
+        {
+            directory / SINGLE: lambda p: save_file(arrays, p, metadata={"format": "pt"}),
+            directory / "config.json": lambda p: p.write_text(text, encoding="utf-8"),
+        }
+    )
+
+
+def atomically(files: Mapping[pathlib.Path, Callable[[pathlib.Path], Any]]) -> None:
+    """Write every file beside its place, then put all in place by rename.
+
+    **Raises:** what a writer raises, `safetensors`' own errors as `OSError`; then no file of the
+    set has changed, and nothing is left behind.
+    """
+    written: dict[pathlib.Path, pathlib.Path] = {}
+    try:
+        for path, writer in files.items():
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            os.close(handle)
+            written[path] = pathlib.Path(name)
+            try:
+                writer(written[path])
+            except SafetensorError as e:
+                raise OSError(f"{path} could not be written: {e}") from e
+            written[path].chmod(0o666 & ~_umask())
+        for path, temporary in written.items():
+            temporary.replace(path)
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

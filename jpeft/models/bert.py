@@ -1,0 +1,413 @@
+"""BERT and RoBERTa, with a head for classification or regression.
+
+Devlin et al. 2019; Liu et al. 2019. The layers are stacked along axis 0 of their parameters and
+scanned. Names in paths are Hugging Face's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jpeft.models.layers import ACTIVATIONS, attention, dropout
+
+Pooling = Literal["cls", "mean"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """The shape of a BERT or RoBERTa, by Hugging Face's names."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+    model_type: str = "bert"
+
+    def __post_init__(self) -> None:
+        if self.model_type not in ("bert", "roberta"):
+            raise ValueError(
+                f"model_type is '{self.model_type}': this is the model of 'bert' and 'roberta'"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(
+                f"hidden_act '{self.hidden_act}' is not supported: one of {', '.join(ACTIVATIONS)}"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not split into "
+                f"{self.num_attention_heads} heads"
+            )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """From the contents of a `config.json`.
+
+        **Raises:** `ValueError` that names an option that this model does not have.
+        """
+        only: dict[str, Any] = {
+            "position_embedding_type": "absolute",
+            "is_decoder": False,
+            "add_cross_attention": False,
+        }
+        for name, value in only.items():
+            if config.get(name, value) != value:
+                raise ValueError(f"{name}={config[name]!r} is not supported: only {value!r}")
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in config.items() if k in names})
+
+    @property
+    def head_dropout(self) -> float:
+        """The dropout before the classifier."""
+        return (
+            self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
+        )
+
+
+class _Parts:
+    """How this model makes its layers: one place for types and initial values."""
+
+    def __init__(self, config: BertConfig, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        self.config, self.dtype, self.param_dtype, self.rngs = config, dtype, param_dtype, rngs
+        self.normal = nnx.initializers.normal(config.initializer_range)
+
+    def linear(self, n_in: int, n_out: int) -> nnx.Linear:
+        return nnx.Linear(
+            n_in,
+            n_out,
+            kernel_init=self.normal,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )
+
+    def norm(self) -> nnx.LayerNorm:
+        return nnx.LayerNorm(
+            self.config.hidden_size,
+            epsilon=self.config.layer_norm_eps,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )
+
+    def embed(self, rows: int) -> nnx.Embed:
+        return nnx.Embed(
+            rows,
+            self.config.hidden_size,
+            embedding_init=self.normal,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )
+
+
+class Embeddings(nnx.Module):
+    """Words, positions and segments, summed and normalised."""
+
+    def __init__(self, parts: _Parts) -> None:
+        c = parts.config
+        self.config = c
+        self.word_embeddings = parts.embed(c.vocab_size)
+        self.position_embeddings = parts.embed(c.max_position_embeddings)
+        self.token_type_embeddings = parts.embed(c.type_vocab_size)
+        self.LayerNorm = parts.norm()
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b t"],
+        token_type_ids: Int[Array, "b t"],
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "b t d"]:
+        """The first layer's input."""
+        c = self.config
+        if c.model_type == "roberta":
+            # Positions count the tokens that are no padding, from after the padding's own row.
+            real = (input_ids != c.pad_token_id).astype(jnp.int32)
+            positions = jnp.cumsum(real, axis=1) * real + c.pad_token_id
+        else:
+            positions = jnp.arange(input_ids.shape[1])[None]
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        x = self.LayerNorm(x + self.position_embeddings(positions))
+        return dropout(x, c.hidden_dropout_prob, key)
+
+
+class SelfAttention(nnx.Module):
+    """Query, key and value."""
+
+    def __init__(self, parts: _Parts) -> None:
+        d = parts.config.hidden_size
+        self.query, self.key, self.value = (parts.linear(d, d) for _ in range(3))
+
+
+class Output(nnx.Module):
+    """A projection, dropout, the residual sum and a LayerNorm."""
+
+    def __init__(self, parts: _Parts, n_in: int) -> None:
+        self.rate = parts.config.hidden_dropout_prob
+        self.dense = parts.linear(n_in, parts.config.hidden_size)
+        self.LayerNorm = parts.norm()
+
+    def __call__(
+        self, x: Float[Array, "b t n"], residual: Float[Array, "b t d"], key: PRNGKeyArray | None
+    ) -> Float[Array, "b t d"]:
+        """`LayerNorm(residual + dropout(x W + b))`."""
+        return self.LayerNorm(residual + dropout(self.dense(x), self.rate, key))
+
+
+class Attention(nnx.Module):
+    """Self-attention and its output."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self.config = parts.config
+        self.self = SelfAttention(parts)
+        self.output = Output(parts, parts.config.hidden_size)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], keep: Array, keys: tuple[PRNGKeyArray | None, ...]
+    ) -> Float[Array, "b t d"]:
+        """The attention block, residual and norm included."""
+        mixed = attention(
+            self.self.query(x),
+            self.self.key(x),
+            self.self.value(x),
+            keep,
+            heads=self.config.num_attention_heads,
+            rate=self.config.attention_probs_dropout_prob,
+            key=keys[0],
+        )
+        return self.output(mixed, x, keys[1])
+
+
+class Intermediate(nnx.Module):
+    """The MLP's first projection."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self.act = ACTIVATIONS[parts.config.hidden_act]
+        self.dense = parts.linear(parts.config.hidden_size, parts.config.intermediate_size)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
+        """`act(x W + b)`."""
+        return self.act(self.dense(x))
+
+
+class Layer(nnx.Module):
+    """One transformer layer, normalised after each residual sum."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self.attention = Attention(parts)
+        self.intermediate = Intermediate(parts)
+        self.output = Output(parts, parts.config.intermediate_size)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], keep: Array, key: PRNGKeyArray | None
+    ) -> Float[Array, "b t d"]:
+        """The layer's output."""
+        keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
+        x = self.attention(x, keep, keys[:2])
+        return self.output(self.intermediate(x), x, keys[2])
+
+
+class Encoder(nnx.Module):
+    """The layers, stacked along axis 0 of every parameter of `layer`."""
+
+    def __init__(self, parts: _Parts, *, remat: bool, unroll: int) -> None:
+        self.remat, self.unroll, self.layers = remat, unroll, parts.config.num_hidden_layers
+
+        @nnx.split_rngs(splits=self.layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs: nnx.Rngs) -> Layer:
+            return Layer(_Parts(parts.config, parts.dtype, parts.param_dtype, rngs))
+
+        self.layer = stacked(parts.rngs)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], keep: Array, key: PRNGKeyArray | None
+    ) -> Float[Array, "b t d"]:
+        """The last layer's output."""
+        graphdef, state = nnx.split(self.layer)
+        keys = None if key is None else jax.random.split(key, self.layers)
+
+        def step(x: Array, at: tuple[Any, Any]) -> tuple[Array, None]:
+            return nnx.merge(graphdef, at[0])(x, keep, at[1]), None
+
+        body = jax.checkpoint(step) if self.remat else step
+        return jax.lax.scan(body, x, (state, keys), unroll=self.unroll)[0]
+
+
+class Pooler(nnx.Module):
+    """BERT's `tanh(h W + b)` of the first token."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self.dense = parts.linear(parts.config.hidden_size, parts.config.hidden_size)
+
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+        """The pooled state."""
+        return jnp.tanh(self.dense(x))
+
+
+class Bert(nnx.Module):
+    """The encoder without a head.
+
+    **Arguments:** `config`; `dtype`, what it computes in; `param_dtype`, what its parameters are;
+    `remat`, forget each layer's activations and compute them again in the backward pass;
+    `unroll`, layers per step of the scan; `pooler`, whether it has BERT's.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        remat: bool = False,
+        unroll: int = 1,
+        pooler: bool = True,
+    ) -> None:
+        parts = _Parts(config, dtype, param_dtype, rngs)
+        self.config = config
+        self.embeddings = Embeddings(parts)
+        self.encoder = Encoder(parts, remat=remat, unroll=unroll)
+        if pooler:
+            self.pooler = Pooler(parts)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b t"],
+        attention_mask: Int[Array, "b t"] | None = None,
+        token_type_ids: Int[Array, "b t"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "b t d"]:
+        """The last hidden state.
+
+        **Arguments:** `attention_mask`, 1 at tokens and 0 at padding; all ones when left out.
+        `key` switches dropout on.
+
+        **Raises:** `ValueError` for an input longer than the table of positions.
+        """
+        limit = self.config.max_position_embeddings
+        if self.config.model_type == "roberta":
+            limit -= self.config.pad_token_id + 1
+        if input_ids.shape[1] > limit:
+            raise ValueError(f"the input has {input_ids.shape[1]} tokens, the model reads {limit}")
+        if attention_mask is None:
+            attention_mask = jnp.ones_like(input_ids)
+        if token_type_ids is None:
+            token_type_ids = jnp.zeros_like(input_ids)
+        first, rest = (None, None) if key is None else jax.random.split(key)
+        x = self.embeddings(input_ids, token_type_ids, first)
+        return self.encoder(x, attention_mask.astype(bool), rest)
+
+
+class RobertaHead(nnx.Module):
+    """RoBERTa's two-layer head."""
+
+    def __init__(self, parts: _Parts, n_out: int) -> None:
+        self.rate = parts.config.head_dropout
+        self.dense = parts.linear(parts.config.hidden_size, parts.config.hidden_size)
+        self.out_proj = parts.linear(parts.config.hidden_size, n_out)
+
+    def __call__(self, x: Float[Array, "b d"], key: PRNGKeyArray | None) -> Float[Array, "b c"]:
+        """The logits."""
+        keys = (None, None) if key is None else tuple(jax.random.split(key))
+        x = jnp.tanh(self.dense(dropout(x, self.rate, keys[0])))
+        return self.out_proj(dropout(x, self.rate, keys[1]))
+
+
+class BertForSequenceClassification(nnx.Module):
+    """The encoder with a head; `num_labels=1` is regression.
+
+    **Arguments:** as `Bert`'s, and `pooling`: `cls`, Hugging Face's (the first token, through
+    BERT's pooler), or `mean`, the mean over tokens that are no padding straight into the
+    classifier, which suits encoders trained as sentence embedders.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        num_labels: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        remat: bool = False,
+        unroll: int = 1,
+        pooling: Pooling = "cls",
+    ) -> None:
+        if pooling not in ("cls", "mean"):
+            raise ValueError(f"pooling is 'cls' or 'mean', got '{pooling}'")
+        self.config, self.num_labels, self.pooling, self.dtype = config, num_labels, pooling, dtype
+        roberta = config.model_type == "roberta"
+        encoder = Bert(
+            config,
+            rngs=rngs,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            remat=remat,
+            unroll=unroll,
+            pooler=pooling == "cls" and not roberta,
+        )
+        setattr(self, config.model_type, encoder)
+        # The head is small, and its output is the loss's input: it computes in fp32.
+        parts = _Parts(config, jnp.float32, param_dtype, rngs)
+        if roberta:
+            self.classifier = RobertaHead(parts, num_labels)
+        else:
+            self.classifier = parts.linear(config.hidden_size, num_labels)
+
+    @property
+    def encoder(self) -> Bert:
+        """The model without its head."""
+        return getattr(self, self.config.model_type)
+
+    def features(
+        self,
+        input_ids: Int[Array, "b t"],
+        attention_mask: Int[Array, "b t"] | None = None,
+        token_type_ids: Int[Array, "b t"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "b d"]:
+        """What the classifier reads, before its dropout, in fp32."""
+        hidden = self.encoder(input_ids, attention_mask, token_type_ids, key=key)
+        if self.pooling == "cls":
+            first = hidden[:, 0]
+            pooled = self.encoder.pooler(first) if self.config.model_type == "bert" else first
+            return pooled.astype(jnp.float32)
+        if attention_mask is None:
+            attention_mask = jnp.ones_like(input_ids)
+        weight = attention_mask.astype(jnp.float32)[..., None]
+        total = jnp.sum(hidden.astype(jnp.float32) * weight, axis=1)
+        return total / jnp.maximum(jnp.sum(weight, axis=1), 1)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b t"],
+        attention_mask: Int[Array, "b t"] | None = None,
+        token_type_ids: Int[Array, "b t"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "b c"]:
+        """The logits (fp32), or the prediction of a regression; `key` switches dropout on."""
+        first, rest = (None, None) if key is None else jax.random.split(key)
+        x = self.features(input_ids, attention_mask, token_type_ids, key=first)
+        if isinstance(self.classifier, RobertaHead):
+            return self.classifier(x, rest)
+        return self.classifier(dropout(x, self.config.head_dropout, rest))
