@@ -37,9 +37,9 @@ class Factors:
     over the width of one part: rows `k * rank` to `(k + 1) * rank` belong to the k-th trained one.
     """
 
-    a: Float[Array, ...]
-    b: Float[Array, ...]
-    magnitude: Float[Array, ...] | None = None
+    a: Any
+    b: Any
+    magnitude: Any = None
     axes: str = static("io")
 
 

@@ -33,9 +33,9 @@ class LowRank(Weight):
     """
 
     base: Any
-    a: Float[Array, ...]
-    b: Float[Array, ...]
-    key: Key[Array, ...] | None = None
+    a: Any
+    b: Any
+    key: Any = None
     scale: float = static(1.0)
     dropout: float = static(0.0)
     axes: str = static("io")

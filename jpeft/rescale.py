@@ -27,7 +27,7 @@ class Scaled(Weight):
     """
 
     base: Any
-    gain: Float[Array, ...]
+    gain: Any
     path: str = static("")
 
     def materialise(self) -> Array:
