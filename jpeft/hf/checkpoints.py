@@ -63,6 +63,7 @@ def load_sequence_classifier(
     param_dtype: Any = jnp.float32,
     remat: bool = False,
     unroll: int = 1,
+    attention_rows: int | None = None,
     pooling: Pooling = "cls",
 ) -> tuple[BertForSequenceClassification, LoadReport]:
     """A BERT or RoBERTa with a head, from a Hugging Face directory.
@@ -84,6 +85,7 @@ def load_sequence_classifier(
             param_dtype=param_dtype,
             remat=remat,
             unroll=unroll,
+            attention_rows=attention_rows,
             pooling=pooling,
         )
 
@@ -98,6 +100,7 @@ def load_bert(
     param_dtype: Any = jnp.float32,
     remat: bool = False,
     unroll: int = 1,
+    attention_rows: int | None = None,
     pooler: bool = True,
 ) -> tuple[Bert, LoadReport]:
     """The encoder alone; arguments and errors as `load_sequence_classifier`'s."""
@@ -112,6 +115,7 @@ def load_bert(
             param_dtype=param_dtype,
             remat=remat,
             unroll=unroll,
+            attention_rows=attention_rows,
             pooler=pooler,
         )
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jpeft.models.layers import ACTIVATIONS, attention, dropout
+from jpeft.models.attention import attention
+from jpeft.models.layers import ACTIVATIONS, dropout
 
 Pooling = Literal["cls", "mean"]
 
@@ -83,8 +84,16 @@ class BertConfig:
 class _Parts:
     """How this model makes its layers: one place for types and initial values."""
 
-    def __init__(self, config: BertConfig, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: BertConfig,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+        attention_rows: int | None = None,
+    ) -> None:
         self.config, self.dtype, self.param_dtype, self.rngs = config, dtype, param_dtype, rngs
+        self.attention_rows = attention_rows
         self.normal = nnx.initializers.normal(config.initializer_range)
 
     def linear(self, n_in: int, n_out: int) -> nnx.Linear:
@@ -174,7 +183,7 @@ class Attention(nnx.Module):
     """Self-attention and its output."""
 
     def __init__(self, parts: _Parts) -> None:
-        self.config = parts.config
+        self.config, self.rows = parts.config, parts.attention_rows
         self.self = SelfAttention(parts)
         self.output = Output(parts, parts.config.hidden_size)
 
@@ -190,6 +199,7 @@ class Attention(nnx.Module):
             heads=self.config.num_attention_heads,
             rate=self.config.attention_probs_dropout_prob,
             key=keys[0],
+            rows=self.rows,
         )
         return self.output(mixed, x, keys[1])
 
@@ -232,7 +242,9 @@ class Encoder(nnx.Module):
         @nnx.split_rngs(splits=self.layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs: nnx.Rngs) -> Layer:
-            return Layer(_Parts(parts.config, parts.dtype, parts.param_dtype, rngs))
+            return Layer(
+                _Parts(parts.config, parts.dtype, parts.param_dtype, rngs, parts.attention_rows)
+            )
 
         self.layer = stacked(parts.rngs)
 
@@ -266,7 +278,8 @@ class Bert(nnx.Module):
 
     **Arguments:** `config`; `dtype`, what it computes in; `param_dtype`, what its parameters are;
     `remat`, forget each layer's activations and compute them again in the backward pass;
-    `unroll`, layers per step of the scan; `pooler`, whether it has BERT's.
+    `unroll`, layers per step of the scan; `attention_rows`, see `attention`; `pooler`, whether it
+    has BERT's.
     """
 
     def __init__(
@@ -278,9 +291,10 @@ class Bert(nnx.Module):
         param_dtype: Any = jnp.float32,
         remat: bool = False,
         unroll: int = 1,
+        attention_rows: int | None = None,
         pooler: bool = True,
     ) -> None:
-        parts = _Parts(config, dtype, param_dtype, rngs)
+        parts = _Parts(config, dtype, param_dtype, rngs, attention_rows)
         self.config = config
         self.embeddings = Embeddings(parts)
         self.encoder = Encoder(parts, remat=remat, unroll=unroll)
@@ -349,6 +363,7 @@ class BertForSequenceClassification(nnx.Module):
         param_dtype: Any = jnp.float32,
         remat: bool = False,
         unroll: int = 1,
+        attention_rows: int | None = None,
         pooling: Pooling = "cls",
     ) -> None:
         if pooling not in ("cls", "mean"):
@@ -362,6 +377,7 @@ class BertForSequenceClassification(nnx.Module):
             param_dtype=param_dtype,
             remat=remat,
             unroll=unroll,
+            attention_rows=attention_rows,
             pooler=pooling == "cls" and not roberta,
         )
         setattr(self, config.model_type, encoder)

@@ -1,4 +1,4 @@
-"""Small parts that several models share: activations, dropout, attention."""
+"""Small parts that several models share: activations and dropout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 
 def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
@@ -33,34 +33,3 @@ def dropout(x: Float[Array, ...], rate: float, key: PRNGKeyArray | None) -> Floa
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
-
-
-def attention(
-    query_btd: Float[Array, "b t d"],
-    key_bsd: Float[Array, "b s d"],
-    value_bsd: Float[Array, "b s d"],
-    keep_bs: Bool[Array, "b s"],
-    *,
-    heads: int,
-    rate: float = 0.0,
-    key: PRNGKeyArray | None = None,
-) -> Float[Array, "b t d"]:
-    """Full attention among the positions that `keep_bs` marks, heads side by side in `d`.
-
-    The softmax is in fp32. Dropout, when a key is given, is on the probabilities. A row with no
-    position to attend to attends to all of them alike, and is not NaN.
-
-    Source: Vaswani et al. 2017, equation 1.
-    """
-    b, t, d = query_btd.shape
-    width = d // heads
-
-    def split(x: Array) -> Array:
-        return x.reshape(b, -1, heads, width)
-
-    scores = jnp.einsum("bqhd,bkhd->bhqk", split(query_btd) * width**-0.5, split(key_bsd))
-    # Finite, so that a row without any kept position has a softmax.
-    bias = jnp.where(keep_bs[:, None, None, :], 0.0, -1e9)
-    weights = jax.nn.softmax(scores.astype(jnp.float32) + bias, axis=-1).astype(value_bsd.dtype)
-    weights = dropout(weights, rate, key)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, split(value_bsd)).reshape(b, t, d)

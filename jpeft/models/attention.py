@@ -1,0 +1,104 @@
+"""Full attention, and a form of it for CPUs that keeps no probabilities for the backward pass."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from jpeft.models.layers import dropout
+
+
+def attention(
+    query_btd: Float[Array, "b t d"],
+    key_bsd: Float[Array, "b s d"],
+    value_bsd: Float[Array, "b s d"],
+    keep_bs: Bool[Array, "b s"],
+    *,
+    heads: int,
+    rate: float = 0.0,
+    key: PRNGKeyArray | None = None,
+    rows: int | None = None,
+) -> Float[Array, "b t d"]:
+    """Full attention among the positions that `keep_bs` marks, heads side by side in `d`.
+
+    The softmax is in fp32. Dropout, when a key is given, is on the probabilities. A row with no
+    position to attend to attends to all of them alike, and is not NaN.
+
+    **Arguments:** `rows`, the examples worked on at a time: small pieces stay in a CPU's cache,
+    and their gradient is written out by hand in the order of operands that CPUs multiply fastest
+    (`jax.vjp` and `jax.grad` only, no forward mode). None, and whenever there is dropout: all at
+    once, with JAX's own derivative.
+
+    Source: Vaswani et al. 2017, equation 1.
+    """
+    # Finite, so that a row without any kept position has a softmax.
+    bias = jnp.where(keep_bs[:, None, None, :], 0.0, -1e9)
+    if rows is not None and (key is None or rate == 0):
+        pieces = [
+            _piece(*(x[i : i + rows] for x in (query_btd, key_bsd, value_bsd, bias)), heads=heads)
+            for i in range(0, query_btd.shape[0], rows)
+        ]
+        return jnp.concatenate(pieces)
+    query, keys, value = (_split(x, heads) for x in (query_btd, key_bsd, value_bsd))
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query * query.shape[-1] ** -0.5, keys)
+    weights = jax.nn.softmax(scores.astype(jnp.float32) + bias, axis=-1).astype(value.dtype)
+    return _join(jnp.einsum("bhqk,bhkd->bhqd", dropout(weights, rate, key), value))
+
+
+def _split(x: Float[Array, "b t d"], heads: int) -> Float[Array, "b h t w"]:
+    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+
+def _join(x: Float[Array, "b h t w"]) -> Float[Array, "b t d"]:
+    return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("heads",))
+def _piece(query: Any, key: Any, value: Any, bias: Any, heads: int) -> Any:
+    return _forward(query, key, value, bias, heads)[0]
+
+
+def _forward(query: Any, key: Any, value: Any, bias: Any, heads: int) -> Any:
+    q, k, v = _split(query, heads), _split(key, heads), _split(value, heads)
+    powers, total = _softmax(q, k, bias)
+    out = jnp.einsum("bhqk,bhkd->bhqd", powers.astype(v.dtype), v).astype(jnp.float32) / total
+    out = _join(out.astype(query.dtype))
+    return out, (query, key, value, bias, out)
+
+
+def _softmax(q: Any, k: Any, bias: Any) -> tuple[Any, Any]:
+    """The softmax's numerator and denominator, apart: dividing the output is less work."""
+    scores = jnp.einsum("bhqd,bhdk->bhqk", q * q.shape[-1] ** -0.5, k.swapaxes(2, 3))
+    scores = scores.astype(jnp.float32) + bias
+    powers = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return powers, jnp.sum(powers, axis=-1, keepdims=True)
+
+
+def _backward(heads: int, saved: Any, g_out: Any) -> Any:
+    """The gradient, with scores computed again; Dao et al. 2022, appendix B.2."""
+    query, key, value, bias, out = saved
+    q, k, v = _split(query, heads), _split(key, heads), _split(value, heads)
+    g, o = (_split(x, heads).astype(jnp.float32) for x in (g_out, out))
+    powers, total = _softmax(q, k, bias)
+    g = g / total
+    shift = jnp.sum(g * o, axis=-1, keepdims=True)
+    g = g.astype(v.dtype)
+    g_value = jnp.einsum("bhdq,bhqk->bhdk", g.swapaxes(2, 3), powers.astype(v.dtype))
+    g_scores = powers * (jnp.einsum("bhqd,bhdk->bhqk", g, v.swapaxes(2, 3)) - shift)
+    g_scores = g_scores.astype(q.dtype)
+    scale = q.shape[-1] ** -0.5
+    g_query = jnp.einsum("bhqk,bhkd->bhqd", g_scores, k) * scale
+    g_key = jnp.einsum("bhdq,bhqk->bhdk", q.swapaxes(2, 3) * scale, g_scores)
+    return (
+        _join(g_query),
+        _join(g_key.swapaxes(2, 3)),
+        _join(g_value.swapaxes(2, 3)),
+        jnp.zeros_like(bias),
+    )
+
+
+_piece.defvjp(_forward, _backward)
