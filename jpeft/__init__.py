@@ -1,5 +1,7 @@
 """Parameter-efficient fine-tuning as pure transforms of a parameter tree, for any JAX model."""
 
+from jpeft.files import load as load
+from jpeft.files import save as save
 from jpeft.functional import Functional as Functional
 from jpeft.functional import Stateful as Stateful
 from jpeft.functional import functional as functional

@@ -74,7 +74,7 @@ def load_sequence_classifier(
     **Raises:** `CheckpointError` with every missing, unexpected and misshapen tensor.
     """
     directory = pathlib.Path(directory)
-    config = _config(directory)
+    config = read_bert_config(directory)
 
     def build(rngs: nnx.Rngs) -> BertForSequenceClassification:
         return BertForSequenceClassification(
@@ -105,7 +105,7 @@ def load_bert(
 ) -> tuple[Bert, LoadReport]:
     """The encoder alone; arguments and errors as `load_sequence_classifier`'s."""
     directory = pathlib.Path(directory)
-    config = _config(directory)
+    config = read_bert_config(directory)
 
     def build(rngs: nnx.Rngs) -> Bert:
         return Bert(
@@ -165,7 +165,8 @@ def save_sequence_classifier(
     write(pathlib.Path(directory), config, tensors)
 
 
-def _config(directory: pathlib.Path) -> BertConfig:
+def read_bert_config(directory: pathlib.Path) -> BertConfig:
+    """The shape of a BERT or RoBERTa. **Raises:** `CheckpointError` for another architecture."""
     raw = read_config(directory)
     kind = raw.get("model_type")
     if kind not in ("bert", "roberta"):

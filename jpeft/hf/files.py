@@ -54,7 +54,7 @@ class Tensors:
         self._where = {
             name: path
             for path in self._files()
-            for name in _open(path).keys()  # noqa: SIM118
+            for name in open_tensors(path).keys()  # noqa: SIM118
         }
 
     def _files(self) -> list[pathlib.Path]:
@@ -88,17 +88,18 @@ class Tensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, read from the header."""
-        return tuple(_open(self._where[name]).get_slice(name).get_shape())
+        return tuple(open_tensors(self._where[name]).get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, in the file's type."""
         try:
-            return _open(self._where[name]).get_tensor(name)
+            return open_tensors(self._where[name]).get_tensor(name)
         except (SafetensorError, OSError, TypeError, AttributeError) as e:
             raise CheckpointError(f"{self._where[name]}: cannot read '{name}': {e}") from e
 
 
-def _open(path: pathlib.Path) -> Any:
+def open_tensors(path: pathlib.Path) -> Any:
+    """An open safetensors file. **Raises:** `CheckpointError` where it is damaged."""
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as e:

@@ -74,6 +74,12 @@ class BertConfig:
         return cls(**{k: v for k, v in config.items() if k in names})
 
     @property
+    def longest(self) -> int:
+        """The most tokens it reads; RoBERTa's first positions are the padding's."""
+        first = self.pad_token_id + 1 if self.model_type == "roberta" else 0
+        return self.max_position_embeddings - first
+
+    @property
     def head_dropout(self) -> float:
         """The dropout before the classifier."""
         return (
@@ -316,9 +322,7 @@ class Bert(nnx.Module):
 
         **Raises:** `ValueError` for an input longer than the table of positions.
         """
-        limit = self.config.max_position_embeddings
-        if self.config.model_type == "roberta":
-            limit -= self.config.pad_token_id + 1
+        limit = self.config.longest
         if input_ids.shape[1] > limit:
             raise ValueError(f"the input has {input_ids.shape[1]} tokens, the model reads {limit}")
         if attention_mask is None:

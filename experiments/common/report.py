@@ -1,0 +1,77 @@
+"""What a run writes down: JSON files, the machine, versions, and mean and deviation over seeds."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jpeft.hf.files import atomically
+
+PACKAGES = ("jpeft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def versions(*more: str) -> dict[str, str]:
+    """The versions of Python, of this project's packages, and of `more`; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for name in (*PACKAGES, *more):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_machine() -> dict[str, Any]:
+    """The processor, its cores, the memory, JAX's devices, and today's date."""
+    import jax
+
+    devices = jax.devices()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "platform": devices[0].platform,
+        "devices": [d.device_kind for d in devices],
+    }
+
+
+def _processor() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory() -> dict[str, float]:
+    """MiB: the process's largest resident set, and the device's peak where it tells."""
+    import jax
+
+    out = {"rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        out["device_mib"] = stats["peak_bytes_in_use"] / 2**20
+    return out
+
+
+def mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
+    """`mean`, and `std` as a sample's (0 for one value)."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": deviation}
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Indented JSON, appearing whole. **Raises:** `OSError`, and then the file is as before."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    atomically({path: lambda p: p.write_text(text, encoding="utf-8")})

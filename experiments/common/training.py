@@ -1,0 +1,278 @@
+"""The training loop that experiments share: a compiled step, evaluation, checkpoints, Ctrl-C."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jaxtyping import Array, Float
+
+import jpeft
+from experiments.common.pipeline import Batch, Batches, Shapes, in_order
+from experiments.common.tokens import Example
+from jpeft.files import names
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+Log = Callable[[dict[str, Any]], None]
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C was pressed; a checkpoint stands in the folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How to train: AdamW, warm-up and linear decay to zero, clipping by the global norm."""
+
+    learning_rate: float
+    steps: int
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    def optimiser(self) -> optax.GradientTransformation:
+        """The optax chain."""
+        warm = max(1, round(self.steps * self.warmup))
+        decay = max(1, self.steps - warm)
+        rate = optax.join_schedules(
+            [
+                optax.linear_schedule(0, self.learning_rate, warm),
+                optax.linear_schedule(self.learning_rate, 0, decay),
+            ],
+            [warm],
+        )
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip), optax.adamw(rate, weight_decay=self.weight_decay)
+        )
+
+
+def loss_of(
+    outputs: Float[Array, "b c"], labels: Float[Array, " b"], valid: Float[Array, " b"]
+) -> Float[Array, ""]:
+    """Cross-entropy, or for one output the squared error, over the valid rows."""
+    if outputs.shape[-1] == 1:
+        each = (outputs[:, 0] - labels) ** 2
+    else:
+        each = optax.softmax_cross_entropy_with_integer_labels(outputs, labels.astype(jnp.int32))
+    return jnp.sum(each * valid) / jnp.maximum(jnp.sum(valid), 1)
+
+
+def compiler_options() -> dict[str, Any] | None:
+    """What the compiler is told: on a CPU, not to interleave independent products."""
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """One model, transform and schedule, compiled.
+
+    **Attributes:** `apply`, `params`, `transform`, as the library has them; `dropout`, whether the
+    model's and the method's dropout are on in training.
+    """
+
+    apply: Callable[..., Any]
+    params: Any
+    transform: jpeft.Transform
+    schedule: Schedule
+    seed: int = 0
+    dropout: bool = True
+
+    def __post_init__(self) -> None:
+        options = compiler_options()
+        step = jax.jit(self._step, donate_argnums=(1, 2), compiler_options=options)
+        object.__setattr__(self, "step", step)
+        object.__setattr__(self, "outputs", jax.jit(self._outputs, compiler_options=options))
+
+    def init(self) -> tuple[Any, Any]:
+        """The trained arrays and the optimiser's state, at the start."""
+        one = [jnp.zeros((1, 8), jnp.int32)] * 3
+        uses = jpeft.uses(self.apply, self.params, *one)
+        state = self.transform.init(jax.random.key(self.seed), self.params, uses=uses)
+        return state, self.schedule.optimiser().init(state)
+
+    def _step(self, params: Any, state: Any, moments: Any, batch: Any, step: Any) -> Any:
+        key = jax.random.fold_in(jax.random.key(self.seed), step) if self.dropout else None
+
+        def loss(state: Any) -> Any:
+            keys = (None, None) if key is None else tuple(jax.random.split(key))
+            rewritten = self.transform.rewrite(params, state, key=keys[0])
+            inputs = [batch[k] for k in INPUTS]
+            outputs = jpeft.lift(self.apply)(rewritten, *inputs, key=keys[1])
+            return loss_of(outputs, batch["labels"], batch["valid"])
+
+        value, grads = jax.value_and_grad(loss)(state)
+        updates, moments = self.schedule.optimiser().update(grads, moments, state)
+        return optax.apply_updates(state, updates), moments, value
+
+    def _outputs(self, params: Any, state: Any, batch: Any) -> Any:
+        rewritten = self.transform.rewrite(params, state)
+        return jpeft.lift(self.apply)(rewritten, *(batch[k] for k in INPUTS))
+
+    def predict(
+        self, state: Any, examples: Sequence[Example], shapes: Shapes, pad: int
+    ) -> np.ndarray:
+        """The model's outputs for every example, in their order: `(n, classes)`."""
+        out: list[tuple[np.ndarray, np.ndarray]] = []
+        for numbers, batch in in_order(examples, shapes, pad):
+            values = self.outputs(self.params, state, batch)  # type: ignore[attr-defined]
+            out.append((numbers, np.asarray(values)[: len(numbers)]))
+        order = np.argsort(np.concatenate([n for n, _ in out]))
+        return np.concatenate([v for _, v in out])[order]
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a loop has done: steps, seconds and tokens of the steps (compilation apart), losses."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens, padding not counted, over the time of training steps."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def train(
+    trainer: Trainer,
+    batches: Batches,
+    folder: pathlib.Path | None,
+    *,
+    log: Log,
+    resume: bool = False,
+    save_every: int = 200,
+) -> tuple[Any, Progress]:
+    """Train to the schedule's end; the trained state, and what was done.
+
+    **Arguments:** `folder`, where checkpoints are kept (None: nowhere); `resume`, start from the
+    last one there; `log` is called with every step's `step`, `loss` and `tokens_per_second`.
+
+    **Raises:** `Interrupted` after Ctrl-C, when the running step is done and saved;
+    `DivergedError`.
+    """
+    iterator = iter(batches)
+    state, moments = trainer.init()
+    progress = Progress()
+    with _manager(folder) as manager:
+        if resume and manager is not None and manager.latest_step() is not None:
+            state, moments, data = _restore(manager, state, moments)
+            iterator.set_state(data["data"])
+            progress = Progress(data["step"], data["tokens"], data["seconds"])
+        compiled: set[int] = set()
+        with _stop_on_interrupt() as stopped:
+            while progress.step < trainer.schedule.steps:
+                batch = next(iterator)
+                start = time.perf_counter()
+                state, moments, loss = trainer.step(  # type: ignore[attr-defined]
+                    trainer.params, state, moments, batch, np.int32(progress.step)
+                )
+                value = float(loss)
+                _record(progress, batch, value, time.perf_counter() - start, compiled)
+                log(
+                    {
+                        "step": progress.step,
+                        "loss": value,
+                        "tokens_per_second": progress.tokens_per_second,
+                    }
+                )
+                last = progress.step == trainer.schedule.steps
+                if manager and (last or stopped() or progress.step % save_every == 0):
+                    _save(manager, progress, state, moments, iterator.get_state())
+                if stopped() and not last:
+                    raise Interrupted
+    return state, progress
+
+
+def _record(
+    progress: Progress, batch: Batch, loss: float, seconds: float, compiled: set[int]
+) -> None:
+    progress.step += 1
+    if not np.isfinite(loss):
+        raise DivergedError(
+            f"the loss is {loss} at step {progress.step}: try a lower --lr, or --dtype float32"
+        )
+    progress.losses.append(loss)
+    length = batch["input_ids"].shape[1]
+    if length in compiled:
+        progress.seconds += seconds
+        progress.tokens += int(batch["attention_mask"].sum())
+    compiled.add(length)  # the first step of each length compiles, and is no measure
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C lets the running step end; a second one stops at once."""
+    pressed: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    try:
+        old = signal.signal(signal.SIGINT, handler)
+    except ValueError:  # not in the main thread: there Ctrl-C is not ours
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+@contextmanager
+def _manager(folder: pathlib.Path | None) -> Iterator[Any]:
+    if folder is None:
+        yield None
+        return
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    manager = ocp.CheckpointManager(folder.resolve() / "checkpoint", options=options)
+    try:
+        yield manager
+    finally:
+        manager.close()
+
+
+def _save(manager: Any, progress: Progress, state: Any, moments: Any, data: Any) -> None:
+    about = {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "data": data,
+    }
+    arrays = ocp.args.StandardSave(names((state, moments)))  # type: ignore[call-arg]
+    args = ocp.args.Composite(arrays=arrays, about=ocp.args.JsonSave(about))  # type: ignore
+    if manager.latest_step() != progress.step:
+        manager.save(progress.step, args=args)
+
+
+def _restore(manager: Any, state: Any, moments: Any) -> tuple[Any, Any, dict[str, Any]]:
+    abstract = jax.eval_shape(lambda: names((state, moments)))
+    args = ocp.args.Composite(
+        arrays=ocp.args.StandardRestore(abstract),  # type: ignore[call-arg]
+        about=ocp.args.JsonRestore(),  # type: ignore[call-arg]
+    )
+    found = manager.restore(manager.latest_step(), args=args)
+    leaves = [found["arrays"][n] for n in abstract]
+    state, moments = jax.tree.unflatten(jax.tree.structure((state, moments)), leaves)
+    return state, moments, found["about"]
+
+
