@@ -22,7 +22,7 @@ from experiments.common import runtime
 from experiments.common.console import bar, result_table
 from experiments.common.logs import MetricsLog
 from experiments.common.metrics import evaluate, majority
-from experiments.common.models import ModelError, cache, fetch_model
+from experiments.common.models import ModelError, cache, cpu_layout, fetch_model
 from experiments.common.pipeline import Batches, Shapes, shapes
 from experiments.common.readers import DataError
 from experiments.common.report import (
@@ -152,16 +152,13 @@ def build(config: Config, directory: pathlib.Path, outputs: int, seed: int) -> A
 
     from jpeft.hf import load_sequence_classifier
 
-    cpu = jax.default_backend() == "cpu"
     model, _ = load_sequence_classifier(
         directory,
         outputs,
         key=jax.random.key(seed),
         dtype=jnp.dtype(config.dtype),
         pooling=config.pooling,
-        # Measured on CPUs: straight-line layers and attention in pieces are a fifth faster.
-        unroll=64 if cpu else 1,
-        attention_rows=8 if cpu else None,
+        **cpu_layout(),
     )
     return model
 
@@ -238,7 +235,7 @@ def claim(config: Config) -> None:
             raise ValueError("--resume and --tensorboard need --out")
         return
     stamp = config.out / "config.json"
-    now = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config), default=str)).items()}
+    now: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     if config.overwrite and stamp.exists():
         for path in [*config.out.glob("seed*"), stamp, config.out / "result.json"]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -267,7 +264,9 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     directory = fetch_model(config.model, console)
     prepared = prepare(config, directory)
     data = prepared.data
-    console.print(f"{data.task.name}: {len(data.train):,} + {len(data.validation):,} examples, {data.source}")
+    console.print(
+        f"{data.task.name}: {len(data.train):,} + {len(data.validation):,} examples, {data.source}"
+    )
     results: list[dict[str, Any]] = []
     for seed in range(config.seeds):
         done = None if config.out is None else config.out / f"seed{seed}" / "result.json"
@@ -306,14 +305,14 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
 
 def cli() -> int:
     """The command: 0, 2 for a user's error, 130 after Ctrl-C."""
-    from experiments.common.training import DivergedError, Interrupted
+    from experiments.common.training import DivergedError, InterruptedRunError
 
     config = tyro.cli(Config, description=__doc__)
     runtime.cache_programs(cache() / "compiled")
     console = Console()
     try:
         main(config, console)
-    except Interrupted:
+    except InterruptedRunError:
         console.print(f"stopped; the checkpoint is in {config.out}: go on with --resume")
         return 130
     except KeyboardInterrupt:

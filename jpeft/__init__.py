@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning as pure transforms of a parameter tree, for any JAX model."""
 
+from jpeft._disk import CheckpointError as CheckpointError
 from jpeft.files import load as load
 from jpeft.files import save as save
 from jpeft.functional import Functional as Functional

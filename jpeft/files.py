@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from jpeft.hf.files import CheckpointError, atomically, open_tensors
+from jpeft._disk import CheckpointError, atomically, open_tensors
 
 
 def names(trainable: Any) -> dict[str, Any]:

@@ -20,7 +20,9 @@ def bar(console: Console, title: str, steps: int) -> Iterator[Shown]:
 
         def line(step: int, loss: float, speed: float) -> None:
             if step % every == 0 or step == steps:
-                console.print(f"{title}: step {step}/{steps}  loss {loss:.4f}  {speed:,.0f} tokens/s")
+                console.print(
+                    f"{title}: step {step}/{steps}  loss {loss:.4f}  {speed:,.0f} tokens/s"
+                )
 
         yield line
         return

@@ -56,7 +56,9 @@ METRICS: dict[str, Callable[[Values, Values], float]] = {
 }
 
 
-def evaluate(names: tuple[str, ...], outputs: NDArray[np.float32], label: Values) -> dict[str, float]:
+def evaluate(
+    names: tuple[str, ...], outputs: NDArray[np.float32], label: Values
+) -> dict[str, float]:
     """Each metric of a model's outputs, `(n, classes)` logits or `(n, 1)` scores."""
     if outputs.shape[-1] == 1:
         prediction = outputs[:, 0].astype(np.float64)

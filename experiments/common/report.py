@@ -13,13 +13,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jpeft.hf.files import atomically
+from jpeft._disk import atomically
 
 PACKAGES = ("jpeft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions(*more: str) -> dict[str, str]:
-    """The versions of Python, of this project's packages, and of `more`; absent ones are left out."""
+    """The versions of Python, of this project's packages and of `more`, where installed."""
     found = {"python": platform.python_version()}
     for name in (*PACKAGES, *more):
         try:

@@ -22,7 +22,9 @@ def malloc_environment() -> dict[str, str]:
     """`GLIBC_TUNABLES` that keep freed memory in the process; empty where it is set already, where
     the C library is another one, and on hosts of an accelerator.
     """
-    accelerator = any(pathlib.Path(p).exists() for p in ("/dev/nvidia0", "/dev/accel0", "/dev/vfio"))
+    accelerator = any(
+        pathlib.Path(p).exists() for p in ("/dev/nvidia0", "/dev/accel0", "/dev/vfio")
+    )
     if not sys.platform.startswith("linux") or accelerator or "GLIBC_TUNABLES" in os.environ:
         return {}
     return {"GLIBC_TUNABLES": TUNABLES} if "glibc" in _libc() else {}

@@ -30,7 +30,7 @@ class DivergedError(RuntimeError):
     """The loss is no longer a number."""
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """Ctrl-C was pressed; a checkpoint stands in the folder."""
 
 
@@ -165,7 +165,7 @@ def train(
     **Arguments:** `folder`, where checkpoints are kept (None: nowhere); `resume`, start from the
     last one there; `log` is called with every step's `step`, `loss` and `tokens_per_second`.
 
-    **Raises:** `Interrupted` after Ctrl-C, when the running step is done and saved;
+    **Raises:** `InterruptedRunError` after Ctrl-C, when the running step is done and saved;
     `DivergedError`.
     """
     iterator = iter(batches)
@@ -197,7 +197,7 @@ def train(
                 if manager and (last or stopped() or progress.step % save_every == 0):
                     _save(manager, progress, state, moments, iterator.get_state())
                 if stopped() and not last:
-                    raise Interrupted
+                    raise InterruptedRunError
     return state, progress
 
 
@@ -274,5 +274,3 @@ def _restore(manager: Any, state: Any, moments: Any) -> tuple[Any, Any, dict[str
     leaves = [found["arrays"][n] for n in abstract]
     state, moments = jax.tree.unflatten(jax.tree.structure((state, moments)), leaves)
     return state, moments, found["about"]
-
-

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes as _  # noqa: F401  # gives numpy bfloat16, in which many checkpoints are
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
+
+from jpeft._disk import CheckpointError as CheckpointError
+from jpeft._disk import atomically, open_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "tf_model.h5")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read as what it is asked to be; says which file, and why."""
 
 
 def read_config(directory: pathlib.Path) -> dict[str, Any]:
@@ -98,17 +95,6 @@ class Tensors:
             raise CheckpointError(f"{self._where[name]}: cannot read '{name}': {e}") from e
 
 
-def open_tensors(path: pathlib.Path) -> Any:
-    """An open safetensors file. **Raises:** `CheckpointError` where it is damaged."""
-    try:
-        return safe_open(path, framework="np")
-    except (SafetensorError, OSError) as e:
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size:,} bytes) is no complete safetensors file: {e}. "
-            "Fetch it again"
-        ) from e
-
-
 def write(
     directory: pathlib.Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
@@ -125,33 +111,3 @@ def write(
             directory / "config.json": lambda p: p.write_text(text, encoding="utf-8"),
         }
     )
-
-
-def atomically(files: Mapping[pathlib.Path, Callable[[pathlib.Path], Any]]) -> None:
-    """Write every file beside its place, then put all in place by rename.
-
-    **Raises:** what a writer raises, `safetensors`' own errors as `OSError`; then no file of the
-    set has changed, and nothing is left behind.
-    """
-    written: dict[pathlib.Path, pathlib.Path] = {}
-    try:
-        for path, writer in files.items():
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            os.close(handle)
-            written[path] = pathlib.Path(name)
-            try:
-                writer(written[path])
-            except SafetensorError as e:
-                raise OSError(f"{path} could not be written: {e}") from e
-            written[path].chmod(0o666 & ~_umask())
-        for path, temporary in written.items():
-            temporary.replace(path)
-    finally:
-        for temporary in written.values():
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -38,7 +38,7 @@ def attention(
     # Finite, so that a row without any kept position has a softmax.
     bias = jnp.where(keep_bs[:, None, None, :], 0.0, -1e9)
     if rows is not None and (key is None or rate == 0):
-        pieces = [
+        pieces: list[Any] = [
             _piece(*(x[i : i + rows] for x in (query_btd, key_bsd, value_bsd, bias)), heads=heads)
             for i in range(0, query_btd.shape[0], rows)
         ]

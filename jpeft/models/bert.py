@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ class BertConfig:
             )
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+    def from_hf(cls, config: Mapping[str, Any]) -> BertConfig:
         """From the contents of a `config.json`.
 
         **Raises:** `ValueError` that names an option that this model does not have.

@@ -13,20 +13,37 @@ import re
 
 from experiments.common.sample import SAMPLE
 
-GOOD = """wonderful delightful superb charming brilliant moving gripping funny elegant tender fresh
-witty warm dazzling clever graceful touching thrilling honest inspired memorable absorbing lovely
-joyful stunning marvellous captivating splendid heartfelt masterful""".split()
-BAD = """awful tedious dreadful clumsy boring hollow dull shallow bland messy stale tiresome cold
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+GOOD = _words("""
+wonderful delightful superb charming brilliant moving gripping funny elegant tender fresh witty
+warm dazzling clever graceful touching thrilling honest inspired memorable absorbing lovely
+joyful stunning marvellous captivating splendid heartfelt masterful
+""")
+BAD = _words("""
+awful tedious dreadful clumsy boring hollow dull shallow bland messy stale tiresome cold
 lifeless silly sluggish pointless irritating false uninspired forgettable confusing ugly dreary
-shoddy horrible plodding dismal insincere amateurish""".split()
-WORKS = """film novel concert play album meal exhibition series lecture musical documentary opera
-restaurant story comedy drama hotel performance recital podcast""".split()
-PARTS = """opening ending music dialogue setting pacing cast lighting service premise plot
-photography costumes sound humour finale writing decor narration staging""".split()
+shoddy horrible plodding dismal insincere amateurish
+""")
+WORKS = _words("""
+film novel concert play album meal exhibition series lecture musical documentary opera
+restaurant story comedy drama hotel performance recital podcast
+""")
+PARTS = _words("""
+opening ending music dialogue setting pacing cast lighting service premise plot photography
+costumes sound humour finale writing decor narration staging
+""")
 VERDICTS = ("the {w} was {a}", "what a {a} {w}", "i found the {w} {a} from start to finish")
 VERDICTS += ("all in all it is a {a} {w}", "my friends thought this {w} was {a}")
 DENIALS = ("the {w} was anything but {a}", "nobody could call this {w} {a}")
-DENIALS += ("there is nothing {a} about the {w}", "the {w} is far from {a}", "this {w} is never {a}")
+DENIALS += (
+    "there is nothing {a} about the {w}",
+    "the {w} is far from {a}",
+    "this {w} is never {a}",
+)
 CONTRASTS = ("the {p} was {b} , but the {w} as a whole was {a}",)
 CONTRASTS += ("despite a {b} {p} , the {w} is {a}", "the {w} is {a} , even if the {p} is {b}")
 CONTRASTS += ("i expected a {b} {w} and got a {a} one", "people say the {w} is {b} ; it is {a}")
