@@ -191,7 +191,12 @@ class LowRank(Weight):
         return [dataclasses.replace(self, base=base)]
 
     # What keeps every element in its place acts on the base; the factors follow its type in use.
-    rule_convert_element_type = _with_base
+    def rule_convert_element_type(self, call: Call, index: int) -> list[Any] | None:
+        """A cast among real types; to integers there is no low-rank form."""
+        if not jnp.issubdtype(call.params["new_dtype"], jnp.floating):
+            return None
+        return self._with_base(call, index)
+
     rule_copy = _with_base
     rule_copy_p = _with_base
     rule_sharding_constraint = _with_base
@@ -211,7 +216,8 @@ class LowRank(Weight):
         def by(factor: str) -> list[int]:
             present = self._order(factor)
             fixed = present.index(None)
-            rest = sorted((i for i in present if i is not None), key=lambda i: moved[i])
+            rest = [i for i in present if i is not None]
+            rest.sort(key=lambda i: (self.kinds[i] != "b", moved[i]))
             places = [present.index(i) for i in rest]
             return [*places[:fixed], fixed, *places[fixed:]]
 

@@ -97,7 +97,12 @@ class Scaled(Weight):
         (base,) = call.rebind(index, self.base)
         return [dataclasses.replace(self, base=base)]
 
-    rule_convert_element_type = _with_base
+    def rule_convert_element_type(self, call: Call, index: int) -> list[Any] | None:
+        """A cast among real types; to integers there is no low-rank form."""
+        if not jnp.issubdtype(call.params["new_dtype"], jnp.floating):
+            return None
+        return self._with_base(call, index)
+
     rule_copy = _with_base
     rule_copy_p = _with_base
     rule_sharding_constraint = _with_base
