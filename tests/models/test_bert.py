@@ -1,0 +1,138 @@
+"""BERT and RoBERTa: parity with transformers, attention in pieces, padding, dropout, remat."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jpeft
+from jpeft.hf import load_sequence_classifier
+from jpeft.models.attention import attention
+from jpeft.models.bert import BertConfig, BertForSequenceClassification
+from tests.tiny import tiny_config
+
+KINDS = ("bert", "roberta")
+
+
+def batch(config, rows=3, length=9):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, config.vocab_size, (rows, length)).astype(np.int32)
+    mask = (np.arange(length)[None] < np.array([[length], [5], [2]])).astype(np.int32)
+    ids = np.where(mask == 1, ids, config.pad_token_id)
+    types = (np.arange(length)[None] >= 4) * mask * (config.type_vocab_size > 1)
+    return tuple(jnp.asarray(x, jnp.int32) for x in (ids, mask, types))
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("labels", [1, 3])
+def test_logits_equal_transformers(kind, labels, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = tiny_config(kind)
+    names = ("Bert", "Roberta")[kind == "roberta"]
+    theirs_config = getattr(transformers, f"{names}Config")(
+        **{
+            k: getattr(config, k)
+            for k in (
+                "vocab_size",
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "max_position_embeddings",
+                "type_vocab_size",
+                "pad_token_id",
+            )
+        },
+        num_labels=labels,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{names}ForSequenceClassification")(theirs_config).eval()
+    theirs.save_pretrained(tmp_path, safe_serialization=True)
+    ours, report = load_sequence_classifier(tmp_path, labels, key=jax.random.key(0))
+    assert report.new == ()
+    ids, mask, types = batch(config)
+    with torch.no_grad():
+        want = theirs(
+            torch.tensor(np.asarray(ids, np.int64)),
+            attention_mask=torch.tensor(np.asarray(mask, np.int64)),
+            token_type_ids=torch.tensor(np.asarray(types, np.int64)),
+        ).logits
+    assert float(want.abs().max()) > 0.05
+    np.testing.assert_allclose(ours(ids, mask, types), want.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_attention_in_pieces_equals_attention_at_once(rows):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, g = (jax.random.normal(x, (6, 10, 12)) for x in keys)
+    keep = jnp.arange(10)[None] < jnp.array([10, 3, 1, 0, 7, 10])[:, None]
+
+    def run(rows):
+        out, pull = jax.vjp(lambda *a: attention(*a, keep, heads=3, rows=rows), q, k, v)
+        return (out, *pull(g))
+
+    for a, b in zip(run(rows), run(None), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def model_of(**options):
+    return BertForSequenceClassification(tiny_config(), 2, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"remat": True}, {"unroll": 2}, {"attention_rows": 2}, {"unroll": 64}]
+)
+def test_how_it_runs_changes_no_result(options):
+    ids, mask, types = batch(tiny_config())
+
+    def run(model):
+        apply, params = jpeft.functional(model)
+
+        def loss(params):
+            return jnp.sum(apply(params, ids, mask, types) ** 2)
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    got, want = run(model_of(**options)), run(model_of())
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_padding_changes_nothing(pooling):
+    model = model_of(pooling=pooling)
+    ids, mask, _ = batch(tiny_config())
+    wide = jnp.pad(ids, ((0, 0), (0, 6)), constant_values=7)
+    np.testing.assert_allclose(
+        model(wide, jnp.pad(mask, ((0, 0), (0, 6)))), model(ids, mask), atol=1e-5
+    )
+
+
+def test_dropout_needs_a_key_and_follows_it():
+    model = model_of()
+    ids, mask, types = batch(tiny_config())
+    one, two = (model(ids, mask, types, key=jax.random.key(k)) for k in (1, 2))
+    np.testing.assert_array_equal(one, model(ids, mask, types, key=jax.random.key(1)))
+    assert not np.allclose(one, two)
+    np.testing.assert_array_equal(model(ids, mask, types), model(ids, mask, types))
+
+
+def test_bfloat16_is_near():
+    ids, mask, types = batch(tiny_config())
+    half = model_of(dtype=jnp.bfloat16)(ids, mask, types)
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, model_of()(ids, mask, types), atol=0.05)
+
+
+def test_errors():
+    model = model_of()
+    with pytest.raises(ValueError, match="the input has 30 tokens, the model reads 24"):
+        model(jnp.ones((1, 30), jnp.int32))
+    with pytest.raises((ValueError, TypeError), match="max"):
+        model_of(pooling="max")
+    with pytest.raises(ValueError, match=r"unheard"):
+        BertConfig.from_hf({"model_type": "bert", "hidden_act": "unheard"})
