@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -30,8 +31,9 @@ def save(
     **Raises:** `OSError` (a full disk, no permission); then what stood there still does.
     """
     arrays = {k: np.ascontiguousarray(v) for k, v in names(trainable).items()}
-    about = dict(metadata or {})
-    atomically({pathlib.Path(path): lambda p: save_file(arrays, p, metadata=about or None)})
+    # One entry: the format does not keep the order of several, and equal states are equal files.
+    about = {"jpeft": json.dumps(dict(metadata or {}), sort_keys=True)}
+    atomically({pathlib.Path(path): lambda p: save_file(arrays, p, metadata=about)})
 
 
 def load(path: str | pathlib.Path, like: Any) -> Any:

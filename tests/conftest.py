@@ -6,9 +6,15 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pathlib
+import tempfile
 
 import jax
 import pytest
+
+# Many tests compile the same small programs: each worker keeps them for its own session.
+_PROGRAMS = tempfile.TemporaryDirectory(prefix="jpeft-tests-")
+jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def write_task(folder: pathlib.Path, rows: int = 40) -> pathlib.Path:
     for name, count in (("train", rows), ("dev", rows // 2)):
         lines = ["sentence\tlabel"]
         for i in range(count):
-            words = "the film was " + "very " * (i % 4) + WORDS[i % 3 + 3 * (i % 2)]
+            words = "the film was " + "very " * (i % 3) + WORDS[i % 3 + 3 * (i % 2)]
             lines.append(f"{words}\t{1 - i % 2}")
         (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     return folder

@@ -25,7 +25,7 @@ def _rows(task: Task, split: str) -> list[Row]:
         import pyarrow.parquet as pq
     except ImportError as e:
         raise DataError(
-            "reading GLUE from the hub needs pyarrow (pip install pyarrow); or pass --data with a "
+            "reading GLUE from the hub needs pyarrow (the extra jpeft[hub]); or pass --data with a "
             "folder that has the task's files"
         ) from e
     from huggingface_hub import hf_hub_download

@@ -68,5 +68,7 @@ def _events(folder: pathlib.Path) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as e:
-        raise ValueError("--tensorboard needs tensorboardX (pip install tensorboardX)") from e
+        raise ValueError(
+            "--tensorboard needs tensorboardX: install the extra, jpeft[tensorboard]"
+        ) from e
     return SummaryWriter(str(folder))
