@@ -7,6 +7,9 @@ from jpeft.functional import Functional as Functional
 from jpeft.functional import Stateful as Stateful
 from jpeft.functional import functional as functional
 from jpeft.functional import stateful as stateful
+from jpeft.ia3 import IA3 as IA3
+from jpeft.ia3 import Scales as Scales
+from jpeft.ia3 import bitfit as bitfit
 from jpeft.leaf import Leaf as Leaf
 from jpeft.leaf import LeafError as LeafError
 from jpeft.leaf import Site as Site
@@ -14,6 +17,7 @@ from jpeft.leaf import Weight as Weight
 from jpeft.leaf import is_leaf as is_leaf
 from jpeft.lora import Factors as Factors
 from jpeft.lora import LoRA as LoRA
+from jpeft.optim import lora_plus as lora_plus
 from jpeft.paths import TargetError as TargetError
 from jpeft.rewrite import lift as lift
 from jpeft.rewrite import merge as merge

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import string
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from jpeft.kernels import at, fold, kernel_axes
 from jpeft.leaf import Leaf, dense, register, static
 from jpeft.lowrank import LowRank
 from jpeft.paths import TargetError, by_pattern, flatten, match, replace
 from jpeft.rescale import Scaled
 from jpeft.transform import Params, Trainable, Transform
-from jpeft.uses import Use, Uses
+from jpeft.uses import Uses
 
 _NONE: Mapping[str, Any] = {}
 
@@ -108,9 +107,7 @@ class LoRA(Transform):
         return replace(
             params,
             {
-                path: self._leaf(
-                    path, leaves[path], f, _fold(key, path) if key is not None else key
-                )
+                path: self._leaf(path, leaves[path], f, fold(key, path) if key is not None else key)
                 if path in leaves
                 else f
                 for path, f in trainable.items()
@@ -141,7 +138,7 @@ class LoRA(Transform):
     # -- building ----------------------------------------------------------------------------
 
     def _factors(self, key: Any, path: str, leaf: Any, uses: Uses | None) -> Factors:
-        axes, table = self._axes(path, leaf, uses)
+        axes, table = kernel_axes("LoRA", path, leaf, by_pattern(self.axes, path, ""), uses)
         shape = {
             k: [n for n, kind in zip(leaf.shape, axes, strict=True) if kind == k] for k in "bio"
         }
@@ -162,7 +159,7 @@ class LoRA(Transform):
             )
         width = rank * len(trained)
         a_shape, b_shape = (*shape["b"], *shape["i"], width), (*shape["b"], width, *shape["o"])
-        key = _fold(key, path)
+        key = fold(key, path)
         if table:
             a, b = jnp.zeros(a_shape), jax.random.normal(key, b_shape)
         else:
@@ -171,33 +168,8 @@ class LoRA(Transform):
             a, b = jax.random.uniform(key, a_shape, minval=-bound, maxval=bound), jnp.zeros(b_shape)
         magnitude = None
         if self.dora:
-            magnitude = jnp.squeeze(column_norm(dense(leaf), axes), _at(axes, "i"))
+            magnitude = jnp.squeeze(column_norm(dense(leaf), axes), at(axes, "i"))
         return Factors(a.astype(jnp.float32), b.astype(jnp.float32), magnitude, axes)
-
-    def _axes(self, path: str, leaf: Any, uses: Uses | None) -> tuple[str, bool]:
-        """The letters of the parameter's axes, and whether it is a look-up table."""
-        ndim = len(leaf.shape)
-        given = by_pattern(self.axes, path, "")
-        if given:
-            if len(given) != ndim or not set("io") <= set(given) <= set("bio"):
-                raise TargetError(
-                    f"'{path}' has {ndim} axes, of sizes {tuple(leaf.shape)}; axes='{given}' must "
-                    "have as many letters, with at least one 'i' and one 'o'"
-                )
-            return given, False
-        if uses is not None:
-            return _from_uses(path, ndim, uses)
-        if ndim == 2:
-            return "io", bool(re.search(r"embedding$", path))
-        if ndim < 2:
-            raise TargetError(
-                f"LoRA needs a matrix, but '{path}' has shape {tuple(leaf.shape)}: make the "
-                "pattern end in the kernel's name, such as r'kernel$'"
-            )
-        raise TargetError(
-            f"'{path}' has shape {tuple(leaf.shape)}: which axes are its inputs? Pass "
-            "uses=jpeft.uses(apply, params, *inputs) to init, or give LoRA axes="
-        )
 
     def _leaf(self, path: str, base: Any, f: Factors, key: Any) -> Leaf:
         b = f.b
@@ -213,12 +185,12 @@ class LoRA(Transform):
         if f.magnitude is None:
             return leaf
         norm = jax.lax.stop_gradient(_updated_norm(leaf))
-        return Scaled(leaf, jnp.expand_dims(f.magnitude, _at(f.axes, "i")) / norm, path)
+        return Scaled(leaf, jnp.expand_dims(f.magnitude, at(f.axes, "i")) / norm, path)
 
 
 def column_norm(weight: Array, axes: str, extra: Array | float = 0.0) -> Array:
     """The fp32 norm over a weight's inputs, of size 1 there; `extra` is added to its square."""
-    square = jnp.sum(weight.astype(jnp.float32) ** 2, axis=_at(axes, "i"), keepdims=True)
+    square = jnp.sum(weight.astype(jnp.float32) ** 2, axis=at(axes, "i"), keepdims=True)
     return jnp.sqrt(square + extra)
 
 
@@ -250,29 +222,4 @@ def _updated_norm(leaf: LowRank) -> Array:
     gram = jnp.einsum(f"{a_is.replace('z', 'y')},{a_is}->{of['b']}yz", a, a)
     through = jnp.einsum(f"{of['b']}yz,{b_is}->{b_is.replace('z', 'y')}", gram, b)
     extra = jnp.sum((2 * cross + through) * b, axis=len(of["b"]))
-    return column_norm(w, leaf.axes, jnp.expand_dims(extra, _at(leaf.axes, "i")))
-
-
-def _from_uses(path: str, ndim: int, uses: Uses) -> tuple[str, bool]:
-    found: tuple[Use, ...] = tuple(uses.get(path, ()))
-    products = [u for u in found if u.axes is not None and len(u.axes) == ndim and "o" in u.axes]
-    if not products:
-        how = ", ".join(dict.fromkeys(u.primitive for u in found)) or "nothing"
-        raise TargetError(
-            f"LoRA needs a parameter that is multiplied or looked up, but '{path}' is read by "
-            f"{how}: make the pattern end in the kernel's name, such as r'kernel$'"
-        )
-    # A table that is also the output head is looked up first: its rows are its inputs.
-    products.sort(key=lambda u: u.primitive != "gather")
-    axes = products[0].axes
-    assert axes is not None
-    return axes, products[0].primitive == "gather"
-
-
-def _at(axes: str, letter: str) -> tuple[int, ...]:
-    return tuple(i for i, k in enumerate(axes) if k == letter)
-
-
-def _fold(key: Any, path: str) -> Any:
-    """A key of its own for each path, whatever else is matched."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+    return column_norm(w, leaf.axes, jnp.expand_dims(extra, at(leaf.axes, "i")))

@@ -20,6 +20,10 @@ METHODS = {
     "dora": jpeft.LoRA(2, 4.0, KERNELS, dora=True),
     "parts": jpeft.LoRA(2, 4.0, r"one/kernel$", parts={"one": (2, (1,))}),
     "train": jpeft.Train(KERNELS),
+    "ia3": jpeft.IA3(r"one/kernel$", r"two/kernel$"),
+    "bitfit": jpeft.bitfit(),
+    "lora over ia3": jpeft.chain(jpeft.IA3(r"kernel$"), jpeft.LoRA(2, 4.0, KERNELS)),
+    "ia3 over lora": jpeft.chain(jpeft.LoRA(2, 4.0, KERNELS), jpeft.IA3(r"kernel$")),
     "lora and biases": jpeft.chain(jpeft.LoRA(2, 4.0, KERNELS), jpeft.Train(r"bias$")),
     "lora twice": jpeft.chain(jpeft.LoRA(2, 4.0, KERNELS), jpeft.LoRA(1, 4.0, r"two/kernel$")),
 }

@@ -1,0 +1,73 @@
+"""What a kernel's axes mean: which are inputs, which outputs, which are stacked."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from typing import Any
+
+import jax
+
+from jpeft.paths import TargetError
+from jpeft.uses import Use, Uses
+
+
+def kernel_axes(
+    method: str, path: str, leaf: Any, given: str, uses: Uses | None
+) -> tuple[str, bool]:
+    """One letter for each axis (`b` stacked, `i` input, `o` output), and whether it is a table.
+
+    **Arguments:** `method`, the name for errors; `given`, the letters where the user gave them,
+    else the empty string; `uses`, what `jpeft.uses` found. Without either a matrix is (input,
+    output), as Flax has it.
+
+    **Raises:** `TargetError` where neither tells, or the parameter is no kernel.
+    """
+    ndim = len(leaf.shape)
+    if given:
+        if len(given) != ndim or not set("io") <= set(given) <= set("bio"):
+            raise TargetError(
+                f"'{path}' has {ndim} axes, of sizes {tuple(leaf.shape)}; axes='{given}' must "
+                "have as many letters, with at least one 'i' and one 'o'"
+            )
+        return given, False
+    if uses is not None:
+        return _from_uses(method, path, ndim, uses)
+    if ndim == 2:
+        return "io", bool(re.search(r"embedding$", path))
+    if ndim < 2:
+        raise TargetError(
+            f"{method} needs a matrix, but '{path}' has shape {tuple(leaf.shape)}: make the "
+            "pattern end in the kernel's name, such as r'kernel$'"
+        )
+    raise TargetError(
+        f"'{path}' has shape {tuple(leaf.shape)}: which axes are its inputs? Pass "
+        f"uses=jpeft.uses(apply, params, *inputs) to init, or give {method} axes="
+        "{pattern: letters}, such as 'ioo'"
+    )
+
+
+def at(axes: str, letter: str) -> tuple[int, ...]:
+    """The places of a letter."""
+    return tuple(i for i, k in enumerate(axes) if k == letter)
+
+
+def fold(key: Any, path: str) -> Any:
+    """A key of its own for each path, whatever else is matched."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+
+
+def _from_uses(method: str, path: str, ndim: int, uses: Uses) -> tuple[str, bool]:
+    found: tuple[Use, ...] = tuple(uses.get(path, ()))
+    products = [u for u in found if u.axes is not None and len(u.axes) == ndim and "o" in u.axes]
+    if not products:
+        how = ", ".join(dict.fromkeys(u.primitive for u in found)) or "nothing"
+        raise TargetError(
+            f"{method} needs a parameter that is multiplied or looked up, but '{path}' is read by "
+            f"{how}: make the pattern end in the kernel's name, such as r'kernel$'"
+        )
+    # A table that is also the output head is looked up first: its rows are its inputs.
+    products.sort(key=lambda u: u.primitive != "gather")
+    axes = products[0].axes
+    assert axes is not None
+    return axes, products[0].primitive == "gather"
