@@ -21,6 +21,8 @@ from jpeft.optim import lora_plus as lora_plus
 from jpeft.paths import TargetError as TargetError
 from jpeft.rewrite import lift as lift
 from jpeft.rewrite import merge as merge
+from jpeft.subspace import Coordinates as Coordinates
+from jpeft.subspace import Subspace as Subspace
 from jpeft.summary import Summary as Summary
 from jpeft.summary import summary as summary
 from jpeft.transform import Chain as Chain

@@ -24,6 +24,10 @@ METHODS = {
     "bitfit": jpeft.bitfit(),
     "lora over ia3": jpeft.chain(jpeft.IA3(r"kernel$"), jpeft.LoRA(2, 4.0, KERNELS)),
     "ia3 over lora": jpeft.chain(jpeft.LoRA(2, 4.0, KERNELS), jpeft.IA3(r"kernel$")),
+    "did": jpeft.Subspace(20),
+    "said": jpeft.Subspace(20, scales="layer"),
+    "said by tensor": jpeft.Subspace(20, KERNELS, scales="tensor", projection="dense"),
+    "sparse subspace": jpeft.Subspace(20, projection="sparse"),
     "lora and biases": jpeft.chain(jpeft.LoRA(2, 4.0, KERNELS), jpeft.Train(r"bias$")),
     "lora twice": jpeft.chain(jpeft.LoRA(2, 4.0, KERNELS), jpeft.LoRA(1, 4.0, r"two/kernel$")),
 }

@@ -1,0 +1,206 @@
+"""Random subspaces: every matched parameter moves by a projection of one small vector."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jpeft.kernels import fold
+from jpeft.leaf import dense, register
+from jpeft.paths import TargetError, flatten, match, replace
+from jpeft.transform import Params, Trainable, Transform
+from jpeft.uses import Uses
+
+Projection = Literal["fastfood", "dense", "sparse"]
+Scaling = Literal["none", "layer", "tensor"]
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Coordinates:
+    """What a subspace trains.
+
+    **Attributes:** `theta`, fp32 `(d - m,)`, where in the subspace the model stands; `scales`,
+    fp32 `(m,)`, one for each layer or tensor (SAID), None without (DID).
+    """
+
+    theta: Any
+    scales: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Subspace(Transform):
+    """`theta = theta0 + P theta_d`, for all matched parameters together.
+
+    With `scales` the i-th layer moves by `lambda_i (P theta_d)_i`, and its `lambda_i`, which starts
+    at one, is trained as well: `d` counts them, so that `d - m` numbers are left for `theta_d`.
+
+    `P` is never stored: it is made again from `seed` wherever it is needed. Its columns, over all
+    matched parameters together, have unit norm in expectation.
+
+    **Arguments:**
+
+    - `d`: how many numbers are trained.
+    - `targets`: patterns of the parameters that move; everything by default.
+    - `projection`: `fastfood` (Le et al. 2013: Hadamard, Gaussian, permutation and signs; O(D log
+      d)), `dense` (Gaussian; O(D d) work and memory, for small models), or `sparse` (very sparse:
+      each row has about sqrt(D) / D of its entries, at least one; Li et al. 2006).
+    - `scales`: `none` is DID, `layer` is SAID, `tensor` one scale for every parameter.
+    - `seed`: of `P`.
+    - `stacked`: a pattern of the paths whose first axis counts layers; `numbered`: one of the paths
+      that hold a layer's number. What is in neither is a layer by its parent's name.
+
+    Source: Li et al. 2018; Aghajanyan et al. 2021, section 3.
+    """
+
+    d: int
+    targets: str | Sequence[str] = r".*"
+    projection: Projection = "fastfood"
+    scales: Scaling = "none"
+    seed: int = 0
+    stacked: str = r"(^|/)(layers?|blocks?)/(?!\d)"
+    numbered: str = r"^(.*?(layers?|blocks?|h)[/_]\d+)(/|$)"
+
+    def __post_init__(self) -> None:
+        if self.d < 1:
+            raise ValueError(f"a subspace has at least 1 dimension, got {self.d}")
+
+    def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
+        """`{"subspace": Coordinates}`: `theta` zero, `scales` one."""
+        del key, uses
+        leaves = flatten(params)
+        chosen = self._chosen(leaves)
+        total = sum(math.prod(leaves[p].shape) for p in chosen)
+        if self.d > total:
+            raise TargetError(
+                f"a subspace of {self.d:,} dimensions is larger than the {total:,} parameters that "
+                "it moves"
+            )
+        m = self._layers(leaves, chosen)[1]
+        if self.d <= m:
+            raise TargetError(
+                f"d={self.d} leaves nothing beside the {m} scales (one a {self.scales}): choose a "
+                f"larger d, or scales='none'"
+            )
+        return {"subspace": Coordinates(jnp.zeros(self.d - m), jnp.ones(m) if m else None)}
+
+    def rewrite(
+        self, params: Params, trainable: Trainable, *, key: PRNGKeyArray | None = None
+    ) -> Params:
+        """The parameters, moved: ordinary arrays of their own types."""
+        del key
+        at: Coordinates = trainable["subspace"]
+        leaves = flatten(params)
+        chosen = self._chosen(leaves)
+        places, m = self._layers(leaves, chosen)
+        found = (at.theta.shape[0], 0 if at.scales is None else at.scales.shape[0])
+        if found != (self.d - m, m):
+            raise TargetError(
+                f"the trained state has {found[0]} coordinates and {found[1]} scales; on these "
+                f"parameters there are {self.d - m} and {m}"
+            )
+        total = sum(math.prod(leaves[p].shape) for p in chosen)
+        moved: dict[str, Array] = {}
+        for path in chosen:
+            base = dense(leaves[path])
+            size = math.prod(base.shape)
+            step = self.project(path, at.theta, size) * math.sqrt(1 / total)
+            step = step.reshape(base.shape)
+            if at.scales is not None:
+                scale = at.scales[jnp.asarray(places[path])]
+                step = (
+                    step * scale.reshape(-1, *[1] * (base.ndim - 1)) if scale.ndim else step * scale
+                )
+            moved[path] = (base.astype(jnp.float32) + step).astype(base.dtype)
+        return replace(params, moved)
+
+    def project(self, path: str, theta: Float[Array, " d"], size: int) -> Float[Array, " n"]:
+        """`P theta` at one parameter, times the root of the number of all parameters: each number
+        has the variance of `theta`'s squared norm.
+        """
+        key = fold(jax.random.key(self.seed), path)
+        if self.projection == "dense":
+            return jax.random.normal(key, (size, theta.shape[0])) @ theta
+        if self.projection == "sparse":
+            return _sparse(key, theta, size)
+        return _fastfood(key, theta, size)
+
+    def _chosen(self, leaves: Mapping[str, Any]) -> list[str]:
+        chosen = match(self.targets, leaves)
+        return [p for p in chosen if jnp.issubdtype(leaves[p].dtype, jnp.floating)]
+
+    def _layers(
+        self, leaves: Mapping[str, Any], chosen: Sequence[str]
+    ) -> tuple[dict[str, int | list[int]], int]:
+        """The number of every parameter's scale (a list along a stacked first axis); how many."""
+        numbers: dict[str, int] = {}
+
+        def of(name: str) -> int:
+            return numbers.setdefault(name, len(numbers))
+
+        if self.scales == "none":
+            return {}, 0
+        places: dict[str, int | list[int]] = {}
+        for path in chosen:
+            stack = re.search(self.stacked, path)
+            count = leaves[path].shape[0] if stack and leaves[path].ndim else 0
+            name = path
+            if self.scales == "layer":
+                number = re.search(self.numbered, path)
+                name = number[1] if number else path[: stack.end()] if stack else _parent(path)
+            places[path] = [of(f"{name}#{i}") for i in range(count)] if count else of(name)
+        return places, len(numbers)
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def hadamard(x: Float[Array, "*n k"]) -> Float[Array, "*n k"]:
+    """The unnormalised Walsh-Hadamard transform along the last axis, a power of two long.
+
+    In radix up to 16: products with small Hadamard matrices, few passes over the memory.
+    """
+    shape, k = x.shape, x.shape[-1]
+    done = 1
+    while done < k:
+        radix = min(16, k // done)
+        small = jnp.ones((1, 1), x.dtype)
+        while small.shape[0] < radix:
+            small = jnp.block([[small, small], [small, -small]])
+        x = x.reshape(*shape[:-1], -1, radix, done)
+        x = jnp.einsum("rs,...sd->...rd", small, x).reshape(shape)
+        done *= radix
+    return x
+
+
+def _fastfood(key: Any, theta: Any, size: int) -> Any:
+    """Blocks of `H G Pi H B`, one below the other, until there are `size` rows."""
+    d = theta.shape[0]
+    k = 1 << max(0, d - 1).bit_length()
+    blocks = -(-size // k)
+    signs, order, gauss = jax.random.split(key, 3)
+    b = jax.random.rademacher(signs, (blocks, k), theta.dtype)
+    g = jax.random.normal(gauss, (blocks, k), theta.dtype)
+    # One permutation for all blocks, whose signs and Gaussians differ, costs one gather.
+    pi = jax.random.permutation(order, k)
+    x = hadamard(b * jnp.pad(theta, (0, k - d)))[:, pi] * g
+    x = hadamard(x) * jax.lax.rsqrt(k * jnp.sum(g * g, axis=1, keepdims=True))
+    return x.reshape(-1)[:size] * math.sqrt(k)
+
+
+def _sparse(key: Any, theta: Any, size: int) -> Any:
+    """Rows with `s` entries of +-1 at random places, `s` about `d / sqrt(D)` and at least one."""
+    d = theta.shape[0]
+    s = max(1, round(d / math.sqrt(size)))
+    where, sign = jax.random.split(key)
+    places = jax.random.randint(where, (size, s), 0, d)
+    signs = jax.random.rademacher(sign, (size, s), theta.dtype)
+    return jnp.sum(theta[places] * signs, axis=1) * math.sqrt(d / s)
