@@ -1,4 +1,4 @@
-"""Fine-tune a pre-trained encoder on a GLUE task by LoRA, fully, or its head alone.
+"""Fine-tune a pre-trained encoder on a GLUE task by LoRA, or by any other method.
 
 Without arguments: all-MiniLM-L6-v2 on a small sentiment task that comes with this package.
 """
@@ -6,12 +6,13 @@ Without arguments: all-MiniLM-L6-v2 on a small sentiment task that comes with th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
 import sys
 import time
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import tyro
@@ -21,9 +22,10 @@ import jpeft
 from experiments.common import runtime
 from experiments.common.console import bar, result_table
 from experiments.common.logs import MetricsLog
+from experiments.common.methods import RECIPES, Method, Sizes, make_room
 from experiments.common.metrics import evaluate, majority
 from experiments.common.models import ModelError, cache, cpu_layout, fetch_model
-from experiments.common.pipeline import Batches, Shapes, shapes
+from experiments.common.pipeline import Batches, Shapes, collate, shapes
 from experiments.common.readers import DataError
 from experiments.common.report import (
     describe_machine,
@@ -36,8 +38,10 @@ from experiments.common.tasks import Dataset, load
 from experiments.common.tokens import Example, load_tokenizer, tokenise
 from jpeft.hf import CheckpointError
 
+if TYPE_CHECKING:
+    from experiments.common.training import Schedule
+
 TaskName = Literal["sst2", "mrpc", "cola", "rte", "stsb", "qnli", "qqp", "mnli", "sample"]
-RATES = {"lora": 2e-3, "full": 2e-4, "head": 1e-2}
 USER_ERRORS = (
     DataError,
     ModelError,
@@ -59,18 +63,26 @@ class Config:
     """Folder with the task's files; without it GLUE is fetched from the hub."""
     model: str = "minilm"
     """A directory in Hugging Face's layout, a name on the hub, or `minilm`."""
-    method: Literal["lora", "full", "head"] = "lora"
-    """What is trained: low-rank updates and the head, everything, or the head alone."""
+    method: Method = "lora"
+    """What is trained; every method but full, subspace and said trains the head beside it."""
     rank: int = 8
-    """LoRA's rank."""
+    """LoRA's rank, and that of its kin."""
     alpha: float = 16.0
     """LoRA's alpha; updates are scaled by alpha / rank."""
     targets: tuple[str, ...] = (r"(query|value)/kernel$",)
     """LoRA's targets: regular expressions on parameter paths."""
     lora_dropout: float = 0.0
     """Dropout of the low-rank branch's input."""
+    lora_plus: float | None = None
+    """LoRA+'s ratio: B matrices learn so many times as fast as the rest."""
+    bottleneck: int = 64
+    """The adapters' size."""
+    prompt: int = 20
+    """Virtual tokens of a prompt or a prefix."""
+    dimensions: int = 2000
+    """The subspaces' dimensions."""
     lr: float | None = None
-    """The peak learning rate; without it 2e-3 for lora, 2e-4 for full, 1e-2 for head."""
+    """The peak learning rate; without it the method's own (experiments/common/methods.py)."""
     epochs: int = 3
     """Passes over the training data."""
     max_steps: int | None = None
@@ -98,15 +110,23 @@ class Config:
     tensorboard: bool = False
     """Write TensorBoard events into --out too."""
 
+    @property
+    def sizes(self) -> Sizes:
+        """What the method is built from."""
+        low_rank = (self.rank, self.alpha, self.targets, self.lora_dropout)
+        return Sizes(*low_rank, self.bottleneck, self.prompt, self.dimensions)
+
     def method_transform(self) -> jpeft.Transform:
         """The transform of `method`."""
-        head = jpeft.Train(r"^classifier/")
-        if self.method == "full":
-            return jpeft.Train(r".*")
-        if self.method == "head":
-            return head
-        low_rank = jpeft.LoRA(self.rank, self.alpha, self.targets, dropout=self.lora_dropout)
-        return jpeft.chain(low_rank, head)
+        return RECIPES[self.method].transform(self.sizes)
+
+    def schedule(self, steps: int) -> Schedule:
+        """The optimiser's course over so many steps."""
+        from experiments.common.training import Schedule
+
+        recipe = RECIPES[self.method]
+        rate = recipe.rate if self.lr is None else self.lr
+        return Schedule(rate, steps, weight_decay=recipe.decay, ratio=self.lora_plus)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +139,7 @@ class Prepared:
     train_shapes: Shapes
     validation_shapes: Shapes
     pad: int
+    vocabulary: int
 
     @property
     def labels(self) -> np.ndarray:
@@ -133,7 +154,10 @@ def prepare(config: Config, directory: pathlib.Path) -> Prepared:
     model = read_bert_config(directory)
     data = load(config.task, config.data)
     tokenizer = load_tokenizer(directory)
-    length = min(config.length, model.longest)
+    room = RECIPES[config.method].room(config.sizes)
+    length = min(config.length, model.longest - room)
+    if length < 3:
+        raise ValueError(f"the model reads {model.longest} tokens, and --prompt {room} fills them")
     train, validation = (tokenise(tokenizer, r, length) for r in (data.train, data.validation))
     return Prepared(
         data,
@@ -142,6 +166,7 @@ def prepare(config: Config, directory: pathlib.Path) -> Prepared:
         shapes(train, config.batch, length),
         shapes(validation, 4 * config.batch, length),
         model.pad_token_id,
+        model.vocab_size,
     )
 
 
@@ -168,7 +193,7 @@ def run_seed(
 ) -> dict[str, Any]:
     """Train and evaluate once: the metrics, of this method and of the frozen encoder's head."""
     from experiments.common.head import frozen_head
-    from experiments.common.training import Schedule, Trainer, train
+    from experiments.common.training import Trainer, train
 
     task = prepared.data.task
     model = build(config, directory, max(1, len(task.labels)), seed)
@@ -179,8 +204,13 @@ def run_seed(
         console.print(str(jpeft.summary(transform, params, uses=uses)), highlight=False)
     batches = Batches(prepared.train, prepared.train_shapes, prepared.pad, seed)
     steps = config.max_steps or config.epochs * batches.per_epoch
-    rate = config.lr if config.lr is not None else RATES[config.method]
-    trainer = Trainer(apply, params, transform, Schedule(rate, steps), seed, config.dropout)
+    room = functools.partial(
+        make_room,
+        length=RECIPES[config.method].room(config.sizes),
+        first=prepared.vocabulary if config.method == "prompt" else prepared.pad,
+    )
+    schedule = config.schedule(steps)
+    trainer = Trainer(apply, params, transform, schedule, seed, config.dropout, room)
     folder = None if config.out is None else config.out / f"seed{seed}"
     start = time.perf_counter()
     with (
@@ -206,8 +236,12 @@ def run_seed(
         "steps": progress.step,
         "last_loss": float(np.mean(progress.losses[-20:])) if progress.losses else None,
         "tokens_per_second": progress.tokens_per_second,
+        "step_seconds": progress.step_seconds,
+        "trained": jpeft.summary(transform, params, uses=_uses(apply, params)).trainable,
         "train_seconds": time.perf_counter() - start,
     }
+    if seed == 0:
+        result["step_memory_mib"] = trainer.step_memory(_longest(batches))
     if config.method != "head":
         sides = (prepared.train, prepared.validation)
         result["frozen_head"] = evaluate(
@@ -216,10 +250,16 @@ def run_seed(
             prepared.labels,
         )
     if folder is not None:
-        about = {"method": config.method, "transform": repr(transform)}
-        jpeft.save(folder / "adapter.safetensors", state, about)
+        about = {"method": config.method, "task": config.task, "model": config.model}
+        jpeft.save(folder / "adapter.safetensors", state, transform, about)
         write_json(folder / "result.json", result)
     return result
+
+
+def _longest(batches: Batches) -> Any:
+    """A batch of the longest shape."""
+    longest = max(batches.examples, key=lambda e: len(e.ids))
+    return collate([longest], batches.shapes, batches.pad)
 
 
 def _uses(apply: Any, params: Any) -> Any:

@@ -1,7 +1,16 @@
 """Parameter-efficient fine-tuning as pure transforms of a parameter tree, for any JAX model."""
 
 from jpeft._disk import CheckpointError as CheckpointError
+from jpeft.adapter import Adapter as Adapter
+from jpeft.adapter import Bottleneck as Bottleneck
+from jpeft.adapter import houlsby as houlsby
+from jpeft.adapter import parallel_adapter as parallel_adapter
+from jpeft.adapter import pfeiffer as pfeiffer
+from jpeft.config import ConfigError as ConfigError
+from jpeft.dylora import DyLoRA as DyLoRA
 from jpeft.files import load as load
+from jpeft.files import load_transform as load_transform
+from jpeft.files import restore as restore
 from jpeft.files import save as save
 from jpeft.functional import Functional as Functional
 from jpeft.functional import Stateful as Stateful
@@ -17,8 +26,13 @@ from jpeft.leaf import Weight as Weight
 from jpeft.leaf import is_leaf as is_leaf
 from jpeft.lora import Factors as Factors
 from jpeft.lora import LoRA as LoRA
+from jpeft.multitask import stack as stack
 from jpeft.optim import lora_plus as lora_plus
 from jpeft.paths import TargetError as TargetError
+from jpeft.prefix import Prefix as Prefix
+from jpeft.prefix import PrefixTuning as PrefixTuning
+from jpeft.prompt import PromptTuning as PromptTuning
+from jpeft.prompt import virtual_tokens as virtual_tokens
 from jpeft.rewrite import lift as lift
 from jpeft.rewrite import merge as merge
 from jpeft.subspace import Coordinates as Coordinates

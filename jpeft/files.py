@@ -1,4 +1,4 @@
-"""A trained state on disk: one safetensors file, names being the tree's paths."""
+"""A trained state on disk: one safetensors file, with its transform as JSON in the header."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jpeft._disk import CheckpointError, atomically, open_tensors
+from jpeft.config import VERSION, ConfigError, from_json, to_json
+from jpeft.transform import Params, Trainable, Transform
+from jpeft.uses import Uses
 
 
 def names(trainable: Any) -> dict[str, Any]:
@@ -22,18 +25,25 @@ def names(trainable: Any) -> dict[str, Any]:
 
 
 def save(
-    path: str | pathlib.Path, trainable: Any, metadata: Mapping[str, str] | None = None
+    path: str | pathlib.Path,
+    trainable: Any,
+    transform: Transform | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a trained state, bit for bit.
+    """Write a trained state, bit for bit, and the transform that it belongs to.
 
-    **Arguments:** `metadata`, text to keep with it, such as how the transform was made.
+    **Arguments:** `transform`, for `restore`; `metadata`, text to keep with it.
 
     **Raises:** `OSError` (a full disk, no permission); then what stood there still does.
+    `jpeft.ConfigError` for a transform with a field that JSON has no form for.
     """
     arrays = {k: np.ascontiguousarray(v) for k, v in names(trainable).items()}
+    about: dict[str, Any] = {"version": VERSION, "metadata": dict(metadata or {})}
+    if transform is not None:
+        about["transform"] = to_json(transform)
     # One entry: the format does not keep the order of several, and equal states are equal files.
-    about = {"jpeft": json.dumps(dict(metadata or {}), sort_keys=True)}
-    atomically({pathlib.Path(path): lambda p: save_file(arrays, p, metadata=about)})
+    header = {"jpeft": json.dumps(about, sort_keys=True)}
+    atomically({pathlib.Path(path): lambda p: save_file(arrays, p, metadata=header)})
 
 
 def load(path: str | pathlib.Path, like: Any) -> Any:
@@ -42,13 +52,11 @@ def load(path: str | pathlib.Path, like: Any) -> Any:
     **Arguments:** `like`, a tree of the same arrays or of their shapes: what the transform's
     `init` gives, also under `jax.eval_shape`.
 
-    **Raises:** `jpeft.hf.CheckpointError` for a damaged file, and for one that was saved from
+    **Raises:** `jpeft.CheckpointError` for a damaged file, and for one that was saved from
     another transform or model, with the first names and shapes that differ.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    file = open_tensors(path)
+    file = _opened(path)
     want, have = names(like), set(file.keys())
     problems = [f"missing: {n}" for n in want if n not in have]
     problems += [f"unexpected: {n}" for n in sorted(have - set(want))]
@@ -64,3 +72,47 @@ def load(path: str | pathlib.Path, like: Any) -> Any:
         raise CheckpointError(f"{path} belongs to another transform or model:{listed}{more}")
     leaves = [jnp.asarray(file.get_tensor(n)).astype(want[n].dtype) for n in want]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def load_transform(path: str | pathlib.Path) -> Transform:
+    """The transform that a trained state was saved with.
+
+    **Raises:** `jpeft.CheckpointError` for a file without one, of a newer format, or with a type
+    or an option that this version does not know; it names the nearest known one.
+    """
+    path = pathlib.Path(path)
+    header = (_opened(path).metadata() or {}).get("jpeft")
+    about: dict[str, Any] = {} if header is None else json.loads(header)
+    if about.get("version", VERSION) > VERSION:
+        raise CheckpointError(
+            f"{path} has format {about['version']}, this version reads {VERSION}: update jpeft"
+        )
+    if "transform" not in about:
+        raise CheckpointError(f"{path} was saved without a transform")
+    try:
+        return from_json(about["transform"])
+    except ConfigError as e:
+        raise CheckpointError(f"{path}: {e}") from e
+
+
+def restore(
+    path: str | pathlib.Path, params: Params, *, uses: Uses | None = None
+) -> tuple[Transform, Trainable]:
+    """The transform and the trained state of a file, for a model.
+
+    **Arguments:** `params`, the model's parameters; `uses`, as for the transform's `init`.
+
+    **Raises:** as `load` and `load_transform`.
+    """
+    transform = load_transform(path)
+
+    def like() -> Trainable:
+        return transform.init(jax.random.key(0), params, uses=uses)
+
+    return transform, load(path, jax.eval_shape(like))
+
+
+def _opened(path: pathlib.Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    return open_tensors(path)

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from jpeft.kernels import at, kernel_axes
+from jpeft.kernels import at, kernel_axes, leading
 from jpeft.leaf import register, static
 from jpeft.paths import by_pattern, flatten, match, replace
 from jpeft.rescale import Scaled
@@ -71,8 +71,8 @@ class IA3(Transform):
             trainable[path] = Scales(jnp.ones(shape, jnp.float32), axes, side)
         return trainable
 
-    def rewrite(
-        self, params: Params, trainable: Trainable, *, key: PRNGKeyArray | None = None
+    def place(
+        self, params: Params, trainable: Trainable, key: PRNGKeyArray | None = None
     ) -> Params:
         """The parameters with a `Scaled` leaf at every matched path."""
         del key
@@ -80,7 +80,7 @@ class IA3(Transform):
         return replace(
             params,
             {
-                path: Scaled(leaves[path], _gain(s), path) if path in leaves else s
+                path: Scaled(leaves[path], _gain(s), path, leading(s.axes)) if path in leaves else s
                 for path, s in trainable.items()
             },
         )

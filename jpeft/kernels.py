@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jpeft.leaf import Site
 from jpeft.paths import TargetError
 from jpeft.uses import Use, Uses
 
@@ -23,6 +24,11 @@ def kernel_axes(
 
     **Raises:** `TargetError` where neither tells, or the parameter is no kernel.
     """
+    if isinstance(leaf, Site):
+        raise TargetError(
+            f"'{path}' already has {type(leaf).__name__}, which acts on what it produces: in the "
+            f"chain put {method} before it"
+        )
     ndim = len(leaf.shape)
     if given:
         if len(given) != ndim or not set("io") <= set(given) <= set("bio"):
@@ -47,9 +53,41 @@ def kernel_axes(
     )
 
 
+def placed_axes(method: str, path: str, leaf: Any, given: str, uses: Uses | None) -> str:
+    """As `kernel_axes`, for what acts on a parameter's result: a bias has outputs only.
+
+    **Raises:** `TargetError` where it cannot be told.
+    """
+    ndim = len(leaf.shape)
+    if given:
+        if len(given) != ndim or not {"o"} <= set(given) <= set("bio"):
+            raise TargetError(
+                f"'{path}' has {ndim} axes, of sizes {tuple(leaf.shape)}; axes='{given}' must "
+                "have as many letters, with at least one 'o'"
+            )
+        return given
+    if uses is not None:
+        added = [u for u in uses.get(path, ()) if u.primitive == "add"]
+        if added:
+            return "".join("b" if i in added[0].scanned else "o" for i in range(ndim))
+    elif ndim == 1:
+        return "o"
+    elif re.search(r"bias$", path):
+        raise TargetError(
+            f"'{path}' has shape {tuple(leaf.shape)}: is it stacked? Pass uses=jpeft.uses(apply, "
+            f"params, *inputs) to init, or give {method} axes={{pattern: letters}}, such as 'bo'"
+        )
+    return kernel_axes(method, path, leaf, given, uses)[0]
+
+
 def at(axes: str, letter: str) -> tuple[int, ...]:
     """The places of a letter."""
     return tuple(i for i, k in enumerate(axes) if k == letter)
+
+
+def leading(axes: str) -> int:
+    """How many first axes are stacked."""
+    return len(axes) - len(axes.lstrip("b"))
 
 
 def fold(key: Any, path: str) -> Any:

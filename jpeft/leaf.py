@@ -74,8 +74,8 @@ class Leaf(abc.ABC):
     path: str
 
     @property
-    def proxy(self) -> jax.Array:
-        """An array of the shape and type that the model sees here; only its type is read."""
+    def proxy(self) -> Any:
+        """An array (or a `jax.ShapeDtypeStruct`) of the shape and type that the model sees here."""
         return self.base.proxy if isinstance(self.base, Leaf) else self.base
 
     @property
@@ -101,6 +101,19 @@ class Leaf(abc.ABC):
     @abc.abstractmethod
     def specs(self, spec: PartitionSpec) -> Any:
         """This leaf with a `PartitionSpec` for each of its arrays, when the base has `spec`."""
+
+    @property
+    def leading(self) -> int:
+        """How many of the parameter's first axes are stacked (layers, experts)."""
+        return 0
+
+    def switched(self, on: jax.Array) -> Leaf:
+        """This leaf, having no effect where the boolean `on` is false; `base` is not touched.
+
+        **Raises:** `LeafError` where that cannot be.
+        """
+        del on
+        raise LeafError(f"{type(self).__name__} at '{self.path}' cannot be one of many tasks")
 
     def rule(self, call: Call, index: int) -> list[Any] | None:
         """The results of `call`, whose operand `index` is this leaf; None without a rule."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from jpeft.kernels import at, fold, kernel_axes
+from jpeft.kernels import at, fold, kernel_axes, leading
 from jpeft.leaf import Leaf, dense, register, static
 from jpeft.lowrank import LowRank
 from jpeft.paths import TargetError, by_pattern, flatten, match, replace
@@ -99,8 +99,8 @@ class LoRA(Transform):
                 match(pattern, chosen)
         return {path: self._factors(key, path, leaves[path], uses) for path in chosen}
 
-    def rewrite(
-        self, params: Params, trainable: Trainable, *, key: PRNGKeyArray | None = None
+    def place(
+        self, params: Params, trainable: Trainable, key: PRNGKeyArray | None = None
     ) -> Params:
         """The parameters with a `LowRank` leaf (for DoRA, rescaled) at every matched path."""
         leaves = flatten(params)
@@ -185,7 +185,8 @@ class LoRA(Transform):
         if f.magnitude is None:
             return leaf
         norm = jax.lax.stop_gradient(_updated_norm(leaf))
-        return Scaled(leaf, jnp.expand_dims(f.magnitude, at(f.axes, "i")) / norm, path)
+        gain = jnp.expand_dims(f.magnitude, at(f.axes, "i")) / norm
+        return Scaled(leaf, gain, path, leading(f.axes))
 
 
 def column_norm(weight: Array, axes: str, extra: Array | float = 0.0) -> Array:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft._axes import reshaped_kinds
+from jpeft._lookup import lookup
 from jpeft.leaf import Call, Leaf, Weight, dense, register, static
 
 
@@ -46,6 +47,15 @@ class LowRank(Weight):
         """One letter for each present axis of the base."""
         extra = self.ndim - len(self.axes)
         return "b" * extra + self.axes[max(-extra, 0) :]
+
+    @property
+    def leading(self) -> int:
+        """The first axes that are stacked."""
+        return len(self.kinds) - len(self.kinds.lstrip("b"))
+
+    def switched(self, on: Array) -> LowRank:
+        """This leaf, without its update where `on` is false."""
+        return dataclasses.replace(self, b=jnp.where(on, self.b, 0))
 
     def _of(self, letters: str) -> list[int]:
         return [i for i, k in enumerate(self.kinds) if k in letters]
@@ -127,29 +137,26 @@ class LowRank(Weight):
 
     def rule_gather(self, call: Call, index: int) -> list[Any] | None:
         """A look-up in a table `(rows, width)`: the row of the base plus `(row of A) B`."""
-        d, sizes = call.params["dimension_numbers"], call.params["slice_sizes"]
-        rows, width = self._of("i"), self._of("o")
-        if (
-            index != 0
-            or self.ndim != 2
-            or len(rows) != 1
-            or tuple(d.collapsed_slice_dims) != tuple(rows)
-            or tuple(d.start_index_map) != tuple(rows)
-            or sizes[width[0]] != self.shape[width[0]]
-        ):
+        rows = self._of("i")
+        found = lookup(call, index, rows[0]) if self.ndim == 2 and len(rows) == 1 else None
+        if found is None:
             return None
         (y,) = call.rebind(0, self.base)
-        on_a = d._replace(collapsed_slice_dims=(0,), start_index_map=(0,))
+        d, p = call.params["dimension_numbers"], call.params
         low = jax.lax.gather(
             self.a.astype(y.dtype),
-            call.operands[1],
-            on_a,
+            found.numbers(call)[..., None],
+            d._replace(
+                offset_dims=(call.operands[1].ndim - 1,),
+                collapsed_slice_dims=(0,),
+                start_index_map=(0,),
+            ),
             (1, self.a.shape[-1]),
-            mode=call.params["mode"],
-            fill_value=call.params["fill_value"],
+            mode=p["mode"],
+            fill_value=p["fill_value"],
         )
-        (column,) = d.offset_dims
-        return [y + self._onto(low, column, y.dtype)]
+        low = low * jnp.asarray(self.scale, low.dtype)
+        return [y + found.arrange(low @ self.b.astype(y.dtype))]
 
     def _onto(self, low: Array, axis: int, dtype: Any) -> Array:
         """`low` with its rank axis at `axis` replaced by the output's width."""

@@ -23,12 +23,14 @@ class Scaled(Weight):
     In a product the gain multiplies the activations: those that go in, where it varies along the
     contracted axes, or those that come out. The scaled weight is never formed.
 
-    **Attributes:** `base`, the weight, an array or another weight leaf; `gain`, an fp32 array.
+    **Attributes:** `base`, the weight, an array or another weight leaf; `gain`, an fp32 array;
+    `leading`, how many of the first axes were stacked when the leaf was made.
     """
 
     base: Any
     gain: Any
     path: str = static("")
+    leading: int = static(0)  # type: ignore[assignment]
 
     def materialise(self) -> Array:
         """The dense array, multiplied in the gain's precision, in the base's type."""
@@ -39,6 +41,10 @@ class Scaled(Weight):
         inner = self.base.specs(spec) if isinstance(self.base, Leaf) else spec
         on_gain = [s if n != 1 else None for s, n in zip(spec, self.gain.shape, strict=False)]
         return dataclasses.replace(self, base=inner, gain=PartitionSpec(*on_gain))
+
+    def switched(self, on: Array) -> Scaled:
+        """This leaf, with a gain of one where `on` is false."""
+        return dataclasses.replace(self, gain=jnp.where(on, self.gain, 1))
 
     def rule_dot_general(self, call: Call, index: int) -> list[Any] | None:
         """`x (W g)` is `(x W) g` or `(x g) W`."""

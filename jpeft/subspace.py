@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jpeft.kernels import fold
-from jpeft.leaf import dense, register
+from jpeft.leaf import Leaf, dense, register
 from jpeft.paths import TargetError, flatten, match, replace
 from jpeft.transform import Params, Trainable, Transform
 from jpeft.uses import Uses
@@ -91,8 +91,8 @@ class Subspace(Transform):
             )
         return {"subspace": Coordinates(jnp.zeros(self.d - m), jnp.ones(m) if m else None)}
 
-    def rewrite(
-        self, params: Params, trainable: Trainable, *, key: PRNGKeyArray | None = None
+    def place(
+        self, params: Params, trainable: Trainable, key: PRNGKeyArray | None = None
     ) -> Params:
         """The parameters, moved: ordinary arrays of their own types."""
         del key
@@ -121,6 +121,12 @@ class Subspace(Transform):
             moved[path] = (base.astype(jnp.float32) + step).astype(base.dtype)
         return replace(params, moved)
 
+    def clash(self, other: Transform) -> str | None:
+        """With one seed two subspaces have the same directions."""
+        if isinstance(other, Subspace) and other.seed == self.seed:
+            return "with one seed they have the same directions: give one another seed"
+        return None
+
     def project(self, path: str, theta: Float[Array, " d"], size: int) -> Float[Array, " n"]:
         """`P theta` at one parameter, times the root of the number of all parameters: each number
         has the variance of `theta`'s squared norm.
@@ -134,6 +140,12 @@ class Subspace(Transform):
 
     def _chosen(self, leaves: Mapping[str, Any]) -> list[str]:
         chosen = match(self.targets, leaves)
+        for path in chosen:
+            if isinstance(leaves[path], Leaf):
+                raise TargetError(
+                    f"'{path}' was already rewritten ({type(leaves[path]).__name__}): put Subspace "
+                    "before the method that rewrites it, or restrict its targets"
+                )
         return [p for p in chosen if jnp.issubdtype(leaves[p].dtype, jnp.floating)]
 
     def _layers(

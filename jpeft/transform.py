@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from jpeft.leaf import Leaf
+from jpeft.multitask import per_example
 from jpeft.paths import TargetError, flatten, match, replace
 from jpeft.uses import Uses
 
@@ -22,7 +23,7 @@ Trainable = Any
 class Transform(abc.ABC):
     """A fine-tuning method: the arrays that it trains, and how a model reads them.
 
-    Both methods are pure, and run under `jax.jit`, `jax.eval_shape` and the other JAX
+    Its methods are pure, and run under `jax.jit`, `jax.eval_shape` and the other JAX
     transformations. A transform is a frozen dataclass of plain values.
     """
 
@@ -39,15 +40,41 @@ class Transform(abc.ABC):
         """
 
     @abc.abstractmethod
+    def place(
+        self, params: Params, trainable: Trainable, key: PRNGKeyArray | None = None
+    ) -> Params:
+        """What `rewrite` does for one trained state: a new method implements this and `init`."""
+
     def rewrite(
-        self, params: Params, trainable: Trainable, *, key: PRNGKeyArray | None = None
+        self,
+        params: Params,
+        trainable: Trainable,
+        *,
+        key: PRNGKeyArray | None = None,
+        task: Int[Array, " b"] | None = None,
     ) -> Params:
         """The parameters as the model is to read them, with `trainable` in place.
 
-        **Arguments:** `key` switches on what is random in training, such as dropout.
+        **Arguments:** `key` switches on what is random in training, such as dropout; `task`, with
+        a trained state made by `jpeft.stack`, gives each example's number in that stack, or -1 for
+        the model as it is. Examples then stand along the first axis of the model's inputs.
 
         **Raises:** `jpeft.TargetError` when `trainable` belongs to other parameters.
         """
+        if task is None:
+            return self.place(params, trainable, key)
+        return per_example(lambda p, s: self.place(p, s, key), params, trainable, task)
+
+    def clash(self, other: Transform) -> str | None:
+        """Why this transform cannot stand in one chain with `other`; None where it can."""
+        del other
+        return None
+
+    def decoding(self) -> Transform:
+        """The transform for those steps of generation that read a cache: prompts and prefixes
+        stand in it already, other methods act as before. The trained state is the same.
+        """
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +105,8 @@ class Train(Transform):
             trainable[path] = jnp.array(leaf, dtype=jnp.float32, copy=True)
         return trainable
 
-    def rewrite(
-        self, params: Params, trainable: Trainable, *, key: PRNGKeyArray | None = None
+    def place(
+        self, params: Params, trainable: Trainable, key: PRNGKeyArray | None = None
     ) -> Params:
         """The parameters with the trained ones in place, in the model's type."""
         del key
@@ -99,17 +126,25 @@ class Chain(Transform):
 
     transforms: tuple[Transform, ...]
 
+    def __post_init__(self) -> None:
+        inside = list(_inside(self))
+        for i, a in enumerate(inside):
+            for b in inside[i + 1 :]:
+                reason = a.clash(b) or b.clash(a)
+                if reason:
+                    raise TargetError(f"{a!r} and {b!r} cannot be chained: {reason}")
+
     def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
         """A tuple: each transform is initialised on what those before it have rewritten."""
         trainables: list[Trainable] = []
         for i, transform in enumerate(self.transforms):
             trainable = transform.init(jax.random.fold_in(key, i), params, uses=uses)
-            params = transform.rewrite(params, trainable)
+            params = transform.place(params, trainable)
             trainables.append(trainable)
         return tuple(trainables)
 
-    def rewrite(
-        self, params: Params, trainable: Trainable, *, key: PRNGKeyArray | None = None
+    def place(
+        self, params: Params, trainable: Trainable, key: PRNGKeyArray | None = None
     ) -> Params:
         """Each transform's rewriting in turn."""
         if len(trainable) != len(self.transforms):
@@ -118,16 +153,48 @@ class Chain(Transform):
                 f"{len(self.transforms)}"
             )
         for i, (transform, part) in enumerate(zip(self.transforms, trainable, strict=True)):
-            params = transform.rewrite(
-                params, part, key=None if key is None else jax.random.fold_in(key, i)
+            params = transform.place(
+                params, part, None if key is None else jax.random.fold_in(key, i)
             )
         return params
+
+    def decoding(self) -> Chain:
+        """Each transform's."""
+        return Chain(tuple(t.decoding() for t in self.transforms))
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing(Transform):
+    """What a method whose work is done leaves to do: the parameters stay as they are.
+
+    **Arguments:** `of`, the method, which still makes the trained state.
+    """
+
+    of: Transform
+
+    def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
+        """The method's own."""
+        return self.of.init(key, params, uses=uses)
+
+    def place(
+        self, params: Params, trainable: Trainable, key: PRNGKeyArray | None = None
+    ) -> Params:
+        """The parameters."""
+        del trainable, key
+        return params
+
+
+def _inside(chain: Chain) -> Iterator[Transform]:
+    for t in chain.transforms:
+        yield from _inside(t) if isinstance(t, Chain) else (t,)
 
 
 def chain(*transforms: Transform) -> Chain:
     """Apply transforms one after another, as one transform.
 
-    **Raises:** `TypeError` for an argument that is no transform.
+    **Raises:** `TypeError` for an argument that is no transform; `TargetError` for two that cannot
+    work together, with the reason. What depends on the model, such as an update of a parameter that
+    already has an adapter, is refused by `init`.
     """
     for t in transforms:
         if not isinstance(t, Transform):

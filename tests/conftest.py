@@ -2,19 +2,31 @@
 
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Tests compile thousands of small programs once: the compiler is told to be quick about it.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pathlib
 import tempfile
 
 import jax
+import jaxtyping
 import pytest
 
 # Many tests compile the same small programs: each worker keeps them for its own session.
 _PROGRAMS = tempfile.TemporaryDirectory(prefix="jpeft-tests-")
 jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the tests' type checks at run time: what a user's wrong value meets."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

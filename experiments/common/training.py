@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,13 +36,17 @@ class InterruptedRunError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How to train: AdamW, warm-up and linear decay to zero, clipping by the global norm."""
+    """How to train: AdamW, warm-up and linear decay to zero, clipping by the global norm.
+
+    **Attributes:** `ratio`, None, or LoRA+'s: how much faster B matrices learn.
+    """
 
     learning_rate: float
     steps: int
     warmup: float = 0.06
     weight_decay: float = 0.01
     clip: float = 1.0
+    ratio: float | None = None
 
     def optimiser(self) -> optax.GradientTransformation:
         """The optax chain."""
@@ -55,9 +59,11 @@ class Schedule:
             ],
             [warm],
         )
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip), optax.adamw(rate, weight_decay=self.weight_decay)
-        )
+        if self.ratio is None:
+            adam = optax.adamw(rate, weight_decay=self.weight_decay)
+        else:
+            adam = jpeft.lora_plus(rate, ratio=self.ratio, weight_decay=self.weight_decay)
+        return optax.chain(optax.clip_by_global_norm(self.clip), adam)
 
 
 def loss_of(
@@ -83,7 +89,8 @@ class Trainer:
     """One model, transform and schedule, compiled.
 
     **Attributes:** `apply`, `params`, `transform`, as the library has them; `dropout`, whether the
-    model's and the method's dropout are on in training.
+    model's and the method's dropout are on in training; `room`, what a batch becomes for a method
+    that has virtual tokens.
     """
 
     apply: Callable[..., Any]
@@ -92,6 +99,7 @@ class Trainer:
     schedule: Schedule
     seed: int = 0
     dropout: bool = True
+    room: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
 
     def __post_init__(self) -> None:
         options = compiler_options()
@@ -107,13 +115,12 @@ class Trainer:
         return state, self.schedule.optimiser().init(state)
 
     def _step(self, params: Any, state: Any, moments: Any, batch: Any, step: Any) -> Any:
-        key = jax.random.fold_in(jax.random.key(self.seed), step) if self.dropout else None
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
 
         def loss(state: Any) -> Any:
-            keys = (None, None) if key is None else tuple(jax.random.split(key))
-            rewritten = self.transform.rewrite(params, state, key=keys[0])
-            inputs = [batch[k] for k in INPUTS]
-            outputs = jpeft.lift(self.apply)(rewritten, *inputs, key=keys[1])
+            own, models = jax.random.split(key)
+            rewritten = self.transform.rewrite(params, state, key=own)
+            outputs = self._forward(rewritten, batch, models if self.dropout else None)
             return loss_of(outputs, batch["labels"], batch["valid"])
 
         value, grads = jax.value_and_grad(loss)(state)
@@ -121,8 +128,23 @@ class Trainer:
         return optax.apply_updates(state, updates), moments, value
 
     def _outputs(self, params: Any, state: Any, batch: Any) -> Any:
-        rewritten = self.transform.rewrite(params, state)
-        return jpeft.lift(self.apply)(rewritten, *(batch[k] for k in INPUTS))
+        return self._forward(self.transform.rewrite(params, state), batch, None)
+
+    def _forward(self, rewritten: Any, batch: Any, key: Any) -> Any:
+        batch = self.room(batch)
+        pooling = {k: batch[k] for k in ("pooling_mask",) if k in batch}
+        inputs = [batch[k] for k in INPUTS]
+        return jpeft.lift(self.apply)(rewritten, *inputs, key=key, **pooling)
+
+    def step_memory(self, batch: Batch) -> dict[str, float]:
+        """MiB of one compiled training step on a batch: `arguments` and `temporaries`."""
+        state, moments = self.init()
+        args = (self.params, state, moments, batch, np.int32(0))
+        memory = self.step.lower(*args).compile().memory_analysis()  # type: ignore[attr-defined]
+        return {
+            "arguments": memory.argument_size_in_bytes / 2**20,
+            "temporaries": memory.temp_size_in_bytes / 2**20,
+        }
 
     def predict(
         self, state: Any, examples: Sequence[Example], shapes: Shapes, pad: int
@@ -138,12 +160,20 @@ class Trainer:
 
 @dataclasses.dataclass
 class Progress:
-    """What a loop has done: steps, seconds and tokens of the steps (compilation apart), losses."""
+    """What a loop has done: steps; seconds and tokens of the `timed` ones (those that do not
+    compile); losses.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    timed: int = 0
     losses: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def step_seconds(self) -> float:
+        """The mean time of a training step."""
+        return self.seconds / self.timed if self.timed else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -175,7 +205,7 @@ def train(
         if resume and manager is not None and manager.latest_step() is not None:
             state, moments, data = _restore(manager, state, moments)
             iterator.set_state(data["data"])
-            progress = Progress(data["step"], data["tokens"], data["seconds"])
+            progress = Progress(data["step"], data["tokens"], data["seconds"], data["timed"])
         compiled: set[int] = set()
         with _stop_on_interrupt() as stopped:
             while progress.step < trainer.schedule.steps:
@@ -213,6 +243,7 @@ def _record(
     length = batch["input_ids"].shape[1]
     if length in compiled:
         progress.seconds += seconds
+        progress.timed += 1
         progress.tokens += int(batch["attention_mask"].sum())
     compiled.add(length)  # the first step of each length compiles, and is no measure
 
@@ -256,6 +287,7 @@ def _save(manager: Any, progress: Progress, state: Any, moments: Any, data: Any)
         "step": progress.step,
         "tokens": progress.tokens,
         "seconds": progress.seconds,
+        "timed": progress.timed,
         "data": data,
     }
     arrays = ocp.args.StandardSave(names((state, moments)))  # type: ignore[call-arg]

@@ -6,8 +6,6 @@ scanned. Names in paths are Hugging Face's.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -16,75 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jpeft.models.attention import attention
+from jpeft.models.bert_config import BertConfig as BertConfig
 from jpeft.models.layers import ACTIVATIONS, dropout
 
 Pooling = Literal["cls", "mean"]
-
-
-@dataclasses.dataclass(frozen=True)
-class BertConfig:
-    """The shape of a BERT or RoBERTa, by Hugging Face's names."""
-
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    classifier_dropout: float | None = None
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-    pad_token_id: int = 0
-    model_type: str = "bert"
-
-    def __post_init__(self) -> None:
-        if self.model_type not in ("bert", "roberta"):
-            raise ValueError(
-                f"model_type is '{self.model_type}': this is the model of 'bert' and 'roberta'"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(
-                f"hidden_act '{self.hidden_act}' is not supported: one of {', '.join(ACTIVATIONS)}"
-            )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} does not split into "
-                f"{self.num_attention_heads} heads"
-            )
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> BertConfig:
-        """From the contents of a `config.json`.
-
-        **Raises:** `ValueError` that names an option that this model does not have.
-        """
-        only: dict[str, Any] = {
-            "position_embedding_type": "absolute",
-            "is_decoder": False,
-            "add_cross_attention": False,
-        }
-        for name, value in only.items():
-            if config.get(name, value) != value:
-                raise ValueError(f"{name}={config[name]!r} is not supported: only {value!r}")
-        names = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in config.items() if k in names})
-
-    @property
-    def longest(self) -> int:
-        """The most tokens it reads; RoBERTa's first positions are the padding's."""
-        first = self.pad_token_id + 1 if self.model_type == "roberta" else 0
-        return self.max_position_embeddings - first
-
-    @property
-    def head_dropout(self) -> float:
-        """The dropout before the classifier."""
-        return (
-            self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
-        )
 
 
 class _Parts:
@@ -403,9 +336,14 @@ class BertForSequenceClassification(nnx.Module):
         attention_mask: Int[Array, "b t"] | None = None,
         token_type_ids: Int[Array, "b t"] | None = None,
         *,
+        pooling_mask: Int[Array, "b t"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "b d"]:
-        """What the classifier reads, before its dropout, in fp32."""
+        """What the classifier reads, before its dropout, in fp32.
+
+        **Arguments:** `pooling_mask`, the positions that mean pooling averages, where they are not
+        those of `attention_mask`.
+        """
         hidden = self.encoder(input_ids, attention_mask, token_type_ids, key=key)
         if self.pooling == "cls":
             first = hidden[:, 0]
@@ -413,7 +351,8 @@ class BertForSequenceClassification(nnx.Module):
             return pooled.astype(jnp.float32)
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
-        weight = attention_mask.astype(jnp.float32)[..., None]
+        kept = attention_mask if pooling_mask is None else pooling_mask
+        weight = kept.astype(jnp.float32)[..., None]
         total = jnp.sum(hidden.astype(jnp.float32) * weight, axis=1)
         return total / jnp.maximum(jnp.sum(weight, axis=1), 1)
 
@@ -423,11 +362,13 @@ class BertForSequenceClassification(nnx.Module):
         attention_mask: Int[Array, "b t"] | None = None,
         token_type_ids: Int[Array, "b t"] | None = None,
         *,
+        pooling_mask: Int[Array, "b t"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "b c"]:
         """The logits (fp32), or the prediction of a regression; `key` switches dropout on."""
         first, rest = (None, None) if key is None else jax.random.split(key)
-        x = self.features(input_ids, attention_mask, token_type_ids, key=first)
+        inputs = (input_ids, attention_mask, token_type_ids)
+        x = self.features(*inputs, pooling_mask=pooling_mask, key=first)
         if isinstance(self.classifier, RobertaHead):
             return self.classifier(x, rest)
         return self.classifier(dropout(x, self.config.head_dropout, rest))

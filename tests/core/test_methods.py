@@ -1,51 +1,129 @@
-"""What every method must do: identity, training, merging, saving; under every transformation."""
+"""What every method must do, on every kind of model and under every transformation."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jpeft
+from tests.core import zoo
 
-W = jax.random.normal(jax.random.key(1), (6, 8)) * 0.4
-PARAMS = {
-    "one": {"kernel": W, "bias": jnp.arange(8.0) / 8},
-    "two": {"kernel": W.T, "bias": jnp.arange(6.0) / 6},
-}
-X = jax.random.normal(jax.random.key(3), (4, 6))
-KERNELS = r"kernel$"
+KERNELS = r"(query|value)/(kernel|weight)$"
+DOWN = r"down/(kernel|weight)$"
+BIASES = r"(out|down)/bias$"
+TABLE = r"embed/(embedding|weight)$"
+LOW = jpeft.LoRA(2, 4.0, KERNELS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A transform, and what is to be expected of it."""
+
+    transform: jpeft.Transform
+    virtual: int = 0  # positions of the input that it takes
+    merges: bool = True
+    start: float = 1e-5  # how near the model it starts; inf for a prompt
+
+
 METHODS = {
-    "lora": jpeft.LoRA(2, 4.0, KERNELS),
-    "rslora": jpeft.LoRA(2, 4.0, KERNELS, rslora=True),
-    "dora": jpeft.LoRA(2, 4.0, KERNELS, dora=True),
-    "parts": jpeft.LoRA(2, 4.0, r"one/kernel$", parts={"one": (2, (1,))}),
-    "train": jpeft.Train(KERNELS),
-    "ia3": jpeft.IA3(r"one/kernel$", r"two/kernel$"),
-    "bitfit": jpeft.bitfit(),
-    "lora over ia3": jpeft.chain(jpeft.IA3(r"kernel$"), jpeft.LoRA(2, 4.0, KERNELS)),
-    "ia3 over lora": jpeft.chain(jpeft.LoRA(2, 4.0, KERNELS), jpeft.IA3(r"kernel$")),
-    "did": jpeft.Subspace(20),
-    "said": jpeft.Subspace(20, scales="layer"),
-    "said by tensor": jpeft.Subspace(20, KERNELS, scales="tensor", projection="dense"),
-    "sparse subspace": jpeft.Subspace(20, projection="sparse"),
-    "lora and biases": jpeft.chain(jpeft.LoRA(2, 4.0, KERNELS), jpeft.Train(r"bias$")),
-    "lora twice": jpeft.chain(jpeft.LoRA(2, 4.0, KERNELS), jpeft.LoRA(1, 4.0, r"two/kernel$")),
+    "lora": Method(LOW),
+    "lora of tables": Method(jpeft.LoRA(2, 4.0, (TABLE, DOWN))),
+    "rslora": Method(jpeft.LoRA(2, 4.0, KERNELS, rslora=True)),
+    "dora": Method(jpeft.LoRA(2, 4.0, KERNELS, dora=True)),
+    "parts": Method(jpeft.LoRA(2, 4.0, r"up/(kernel|weight)$", parts={"up": (2, (1,))})),
+    "dylora": Method(jpeft.DyLoRA(3, 4.0, KERNELS)),
+    "train": Method(jpeft.Train(DOWN)),
+    "ia3": Method(jpeft.IA3(r"(key|value)/(kernel|weight)$", DOWN)),
+    "bitfit": Method(jpeft.bitfit()),
+    "did": Method(jpeft.Subspace(20, KERNELS)),
+    "said": Method(jpeft.Subspace(30, KERNELS, scales="layer")),
+    "said by tensor": Method(
+        jpeft.Subspace(30, KERNELS, scales="tensor", projection="dense"),
+    ),
+    "sparse subspace": Method(jpeft.Subspace(20, KERNELS, projection="sparse")),
+    "adapter": Method(jpeft.Adapter(4, BIASES), merges=False, start=1e-3),
+    "adapter at zero": Method(jpeft.Adapter(4, BIASES, zero_up=True), merges=False),
+    "adapter on a kernel": Method(jpeft.Adapter(4, DOWN), merges=False, start=1e-3),
+    "parallel adapter": Method(jpeft.parallel_adapter(4, DOWN), merges=False, start=1e-3),
+    "pfeiffer": Method(jpeft.pfeiffer(4, r"down/bias$"), merges=False, start=1e-3),
+    "houlsby": Method(jpeft.houlsby(4, BIASES, r"head/"), merges=False, start=1e-3),
+    "prefix": Method(
+        jpeft.PrefixTuning(2, r"(key|value)/bias$", std=0.5), 2, merges=False, start=np.inf
+    ),
+    "prefix by a network": Method(
+        jpeft.PrefixTuning(2, r"(key|value)/(kernel|weight)$", mlp=5, std=0.5),
+        2,
+        merges=False,
+        start=np.inf,
+    ),
+    "values after the first token": Method(
+        jpeft.PrefixTuning(2, r"value/bias$", after=1), 2, merges=False, start=np.inf
+    ),
+    "prompt": Method(jpeft.PromptTuning(2, TABLE), 2, merges=False, start=np.inf),
+    "lora over ia3": Method(jpeft.chain(jpeft.IA3(KERNELS), LOW)),
+    "ia3 over lora": Method(jpeft.chain(LOW, jpeft.IA3(KERNELS))),
+    "lora twice": Method(jpeft.chain(LOW, jpeft.LoRA(1, 4.0, r"query/(kernel|weight)$"))),
+    "lora and a head": Method(jpeft.chain(LOW, jpeft.Train("head/"))),
+    "adapter over lora": Method(
+        jpeft.chain(jpeft.LoRA(2, 4.0, DOWN), jpeft.Adapter(4, DOWN)), merges=False, start=1e-3
+    ),
+    "prompt, prefix and lora": Method(
+        jpeft.chain(
+            LOW,
+            jpeft.PromptTuning(1, TABLE),
+            jpeft.PrefixTuning(1, r"(key|value)/bias$", after=1, std=0.5),
+        ),
+        2,
+        merges=False,
+        start=np.inf,
+    ),
+    "said and a head": Method(jpeft.chain(jpeft.Train("head/"), jpeft.Subspace(20, KERNELS))),
 }
-each = pytest.mark.parametrize("name", METHODS)
+make = functools.cache(zoo.make)
 
 
-def apply(params, x):
-    h = jnp.tanh(x @ params["one"]["kernel"] + params["one"]["bias"])
-    return h @ params["two"]["kernel"] + params["two"]["bias"]
+def inputs(method):
+    """Token ids, with room for the method's virtual ones."""
+    if not method.virtual:
+        return zoo.IDS
+    first = zoo.VOCABULARY if "PromptTuning" in repr(method.transform) else 0
+    batch = {"input_ids": zoo.IDS}
+    return jpeft.virtual_tokens(batch, length=method.virtual, first=first)["input_ids"]
 
 
-def trained(method, params=PARAMS, scale=0.3):
+def trained(method, model, scale=0.3, seed=9):
     """A state away from the start, as after training."""
-    state = method.init(jax.random.key(0), params)
+    state = method.transform.init(jax.random.key(0), model.params, uses=model.uses)
     leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(9), len(leaves))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
     noise = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     return tree.unflatten([x + scale * n for x, n in zip(leaves, noise, strict=True)])
+
+
+@functools.cache
+def runner(name, model):
+    """The rewritten model as a compiled function of state, parameters and input."""
+    transform, forward = METHODS[name].transform, jpeft.lift(model.apply)
+    return jax.jit(lambda s, p, x: forward(transform.rewrite(p, s), x))
+
+
+# Variants of a transform that is tried on every model: these on scanned layers alone.
+VARIANTS = {"lora of tables", "rslora", "parts", "said by tensor", "sparse subspace", "pfeiffer"}
+VARIANTS |= {"adapter at zero", "adapter on a kernel", "values after the first token"}
+VARIANTS |= {"lora over ia3", "ia3 over lora", "lora twice", "adapter over lora"}
+VARIANTS |= {"said and a head", "prompt, prefix and lora"}
+
+
+def cases():
+    """Every method on every model; a worker keeps the programs of its own pairs."""
+    for name in METHODS:
+        for model in zoo.MAKERS if name not in VARIANTS else ("scanned",):
+            group = pytest.mark.xdist_group(f"{name} on {model}")
+            yield pytest.param(name, model, marks=group, id=f"{name}-{model}")
 
 
 def close(a, b, tolerance=1e-5):
@@ -53,68 +131,76 @@ def close(a, b, tolerance=1e-5):
         np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance)
 
 
-@each
-def test_starts_at_the_model(name, key):
-    method = METHODS[name]
-    rewritten = method.rewrite(PARAMS, method.init(key, PARAMS))
-    close(jpeft.lift(apply)(rewritten, X), apply(PARAMS, X))
+each = pytest.mark.parametrize(("name", "model"), list(cases()))
 
 
 @each
-def test_a_trained_state_changes_the_output_and_merges(name):
-    method = METHODS[name]
-    rewritten = method.rewrite(PARAMS, trained(method))
-    out = jpeft.lift(apply)(rewritten, X)
-    assert float(jnp.abs(out - apply(PARAMS, X)).max()) > 0.05
-    close(out, apply(jpeft.merge(rewritten), X))
+def test_starts_at_the_model_and_a_trained_state_moves_it(name, model):
+    method, model = METHODS[name], make(model)
+    ids, run = inputs(method), runner(name, model)
+    before = model.apply(model.params, zoo.IDS)
+    state = method.transform.init(jax.random.key(0), model.params, uses=model.uses)
+    start = run(state, model.params, ids)
+    if np.isfinite(method.start):
+        close(start, before, method.start)
+    moved = run(trained(method, model), model.params, ids)
+    assert bool(jnp.isfinite(moved).all())
+    assert float(jnp.abs(moved - start).max()) > 0.02
 
 
 @each
-def test_gradients_are_those_of_merged_weights(name):
-    method = METHODS[name]
-    state = trained(method)
-
-    def loss(state, forward):
-        return jnp.sum(forward(method.rewrite(PARAMS, state)) ** 2)
-
-    lifted = jax.grad(lambda s: loss(s, lambda p: jpeft.lift(apply)(p, X)))(state)
-    dense = jax.grad(lambda s: loss(s, lambda p: apply(jpeft.merge(p), X)))(state)
-    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(lifted))
-    close(lifted, dense, 1e-4)
+def test_merged_equals_unmerged_or_is_refused(name, model):
+    method, model = METHODS[name], make(model)
+    state = trained(method, model)
+    rewritten = method.transform.rewrite(model.params, state)
+    if not method.merges:
+        with pytest.raises(jpeft.LeafError, match="acts where it is used"):
+            jpeft.merge(rewritten)
+        return
+    merged = jpeft.merge(rewritten)
+    assert jax.tree.structure(merged) == jax.tree.structure(model.params)
+    close(runner(name, model)(state, model.params, zoo.IDS), model.apply(merged, zoo.IDS), 1e-4)
 
 
 @each
-def test_only_its_own_arrays_move(name):
-    import optax
+def test_its_own_arrays_get_gradients_and_only_they_move(name, model):
+    method, model = METHODS[name], make(model)
+    state, ids = trained(method, model), inputs(method)
+    forward = jpeft.lift(model.apply)
 
-    method = METHODS[name]
-    state = trained(method)
-    optimiser = optax.adamw(1e-2)
+    def loss(state, params, through=forward):
+        return jnp.sum(through(method.transform.rewrite(params, state), ids) ** 2)
 
-    @jax.jit
-    def step(state, moments):
-        grads = jax.grad(lambda s: jnp.sum(jpeft.lift(apply)(method.rewrite(PARAMS, s), X) ** 2))(
-            state
+    grads = jax.jit(jax.grad(loss))(state, model.params)
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
+    if method.merges:
+        dense = jax.jit(
+            jax.grad(lambda s, p: loss(s, p, lambda q, x: model.apply(jpeft.merge(q), x)))
         )
-        updates, moments = optimiser.update(grads, moments, state)
-        return optax.apply_updates(state, updates), moments
-
-    before = jax.tree.map(np.array, PARAMS)
-    new, _ = step(state, optimiser.init(state))
+        scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
+        close(
+            *(jax.tree.map(lambda g: g / scale, g) for g in (grads, dense(state, model.params))),
+            1e-4,
+        )
+    before = jax.tree.map(np.array, model.params)
+    optimiser = optax.adamw(1e-2)
+    updates, _ = optimiser.update(grads, optimiser.init(state), state)
+    new = optax.apply_updates(state, updates)
     for old, now in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
         assert not np.array_equal(old, now)
-    for old, now in zip(jax.tree.leaves(before), jax.tree.leaves(PARAMS), strict=True):
+        assert now.dtype == jnp.float32
+    for old, now in zip(jax.tree.leaves(before), jax.tree.leaves(model.params), strict=True):
         np.testing.assert_array_equal(old, now)
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(new))
 
 
 @each
-def test_saves_and_loads_bit_for_bit(name, tmp_path):
-    method = METHODS[name]
-    state = trained(method)
-    jpeft.save(tmp_path / "state.safetensors", state)
-    shapes = jax.eval_shape(lambda: method.init(jax.random.key(5), PARAMS))
-    found = jpeft.load(tmp_path / "state.safetensors", shapes)
+def test_saves_and_loads_bit_for_bit_with_its_transform(name, model, tmp_path):
+    method, model = METHODS[name], make(model)
+    state = trained(method, model)
+    path = tmp_path / "state.safetensors"
+    jpeft.save(path, state, method.transform)
+    transform, found = jpeft.restore(path, model.params, uses=model.uses)
+    assert transform == method.transform
     assert jax.tree.structure(found) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
         assert a.dtype == b.dtype
@@ -122,83 +208,121 @@ def test_saves_and_loads_bit_for_bit(name, tmp_path):
 
 
 @each
-def test_bf16_model_with_fp32_state(name):
-    method = METHODS[name]
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
-    state = trained(method, half)
-    assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("float32")}
-    out = jpeft.lift(apply)(method.rewrite(half, state), X.astype(jnp.bfloat16))
-    assert out.dtype == jnp.bfloat16
-    full = jpeft.lift(apply)(method.rewrite(PARAMS, state), X)
-    start = apply(PARAMS, X)
-    # DoRA and Train take what they start from the model: compare at the bf16 model's precision.
-    assert float(jnp.abs(out.astype(jnp.float32) - full).max()) < 0.1 + 0.05 * float(
-        jnp.abs(start).max()
+def test_bf16_model_with_fp32_state(name, model):
+    method, model = METHODS[name], make(model)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
+    state = trained(method, model, 0.1)
+    run, ids = runner(name, model), inputs(method)
+    out = run(state, half, ids)
+    assert out.dtype == model.apply(half, zoo.IDS).dtype == jnp.bfloat16
+    full = run(state, model.params, ids)
+    assert float(jnp.abs(out.astype(jnp.float32) - full).max()) < 0.05 + 0.08 * float(
+        jnp.abs(full).max()
     )
+    start = method.transform.init(jax.random.key(0), half, uses=model.uses)
+    assert {x.dtype for x in jax.tree.leaves(start)} == {jnp.dtype("float32")}
 
 
-def in_jit(p, x):
-    return jax.jit(apply)(p, x)
+def in_jit(apply):
+    return jax.jit(apply)
 
 
-def in_scan(p, x):
-    return jax.lax.scan(lambda h, _: (apply(p, h), None), x, length=2)[0]
+def in_scan(apply):
+    def run(params, ids):
+        def step(total, row):
+            return total + apply(params, row[None])[0], None
+
+        zero = jnp.zeros_like(apply(params, ids[:1])[0])
+        return jax.lax.scan(step, zero, ids)[0][None]
+
+    return run
 
 
-def in_remat(p, x):
-    return jax.checkpoint(apply)(p, x)
+def in_remat(apply):
+    return jax.checkpoint(apply)
 
 
-def in_vmap(p, x):
-    return jax.vmap(apply, (None, 0))(p, x)
+def in_vmap(apply):
+    return jax.vmap(lambda params, row: apply(params, row[None])[0], (None, 0))
 
 
 @each
-@pytest.mark.parametrize("model", [in_jit, in_scan, in_remat, in_vmap])
 def test_inside_every_transformation(name, model):
-    method = METHODS[name]
-    rewritten = method.rewrite(PARAMS, trained(method))
-    close(jpeft.lift(model)(rewritten, X), model(jpeft.merge(rewritten), X), 1e-4)
+    method, model = METHODS[name], make(model)
+    state, ids = trained(method, model), inputs(method)
+    plain = runner(name, model)(state, model.params, ids)
+
+    @jax.jit
+    def inside(state, params, ids):
+        rewritten = method.transform.rewrite(params, state)
+        return [jpeft.lift(f(model.apply))(rewritten, ids) for f in (in_scan, *ALIKE)]
+
+    total, *alike = inside(state, model.params, ids)
+    close(total, plain.sum(0)[None], 1e-4)
+    for out in alike:
+        close(out, plain, 1e-4)
+
+
+ALIKE = (in_jit, in_remat, in_vmap)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("model", ["scanned"])
+def test_outside_every_transformation(name, model):
+    method, model = METHODS[name], make(model)
+    state, ids = trained(method, model), inputs(method)
+    forward = jpeft.lift(model.apply)
+
+    def run(state, ids):
+        return forward(method.transform.rewrite(model.params, state), ids)
+
+    plain = runner(name, model)(state, model.params, ids)
+    close(run(state, ids), plain, 1e-4)  # op by op
+    grad = jax.jit(jax.grad(lambda s: run(s, ids).sum()))(state)
+    again = jax.jit(jax.grad(lambda s: jax.checkpoint(run)(s, ids).sum()))(state)
+    close(grad, again, 1e-3)
+    # Many states at once, one example each.
+    states = jax.tree.map(lambda x: jnp.stack([x, 1.5 * x]), state)
+    two = jax.jit(jax.vmap(lambda s, row: run(s, row[None])[0]))(states, ids[:2])
+    close(two[0], plain[0], 1e-4)
+    other = jax.tree.map(lambda x: 1.5 * x, state)
+    close(two[1], run(other, ids[1:2])[0], 1e-4)
+
+
+# They train arrays as they are: of stacked layers they do not know which axis counts tasks.
+WITHOUT_AXES = {"train", "bitfit", "did", "said", "said by tensor", "sparse subspace"}
+WITHOUT_AXES |= {"said and a head"}
 
 
 @each
-def test_outside_every_transformation(name):
-    method = METHODS[name]
-    state = trained(method)
+def test_many_tasks_in_one_batch(name, model):
+    method, model = METHODS[name], make(model)
+    states = [trained(method, model, 0.3, seed) for seed in (1, 2)]
+    task = jnp.array([1, 0, 1])
+    forward, ids = jpeft.lift(model.apply), inputs(method)
 
-    def forward(state, x):
-        return jpeft.lift(apply)(method.rewrite(PARAMS, state), x)
+    def run(stacked, task):
+        return forward(method.transform.rewrite(model.params, stacked, task=task), ids)
 
-    plain = forward(state, X)
-    close(jax.jit(forward)(state, X), plain)
-    close(jax.checkpoint(forward)(state, X), plain)
-    close(jax.vmap(forward, (None, 0))(state, X), plain)
-    # Many states at once, one example each.
-    states = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), state)
-    two = jax.vmap(forward)(states, X[:2])
-    doubled = jax.tree.map(lambda x: 2 * x, state)
-    close(two[0], forward(state, X[0]))
-    close(two[1], forward(doubled, X[1]))
-
-
-def test_load_tells_what_differs(tmp_path):
-    small, large = METHODS["lora"], jpeft.LoRA(3, 4.0, KERNELS)
-    path = tmp_path / "state.safetensors"
-    jpeft.save(path, trained(small), {"note": "rank 2"})
-    with pytest.raises(ValueError, match=r"misshapen: one/kernel/a is \(6, 2\), not \(6, 3\)"):
-        jpeft.load(path, trained(large))
-    with pytest.raises(ValueError, match=r"unexpected: one/kernel/a"):
-        jpeft.load(path, trained(jpeft.LoRA(2, 4.0, r"two/kernel$")))
-    with pytest.raises(ValueError, match="no such file"):
-        jpeft.load(tmp_path / "absent", trained(small))
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="no complete safetensors file"):
-        jpeft.load(path, trained(small))
-
-
-def test_a_state_of_other_parameters_is_refused():
-    state = trained(METHODS["lora"])
-    with pytest.raises(jpeft.TargetError, match="one/kernel"):
-        METHODS["lora"].rewrite({"other": {"kernel": W}}, state)
-    with pytest.raises(jpeft.TargetError, match="1 transforms, the chain has 2"):
-        METHODS["lora twice"].rewrite(PARAMS, (state,))
+    if model is make("scanned") and name in WITHOUT_AXES:
+        with pytest.raises(jpeft.LeafError, match="stacked"):
+            jax.eval_shape(run, jpeft.stack(states), task)
+        return
+    mixed = jax.jit(run)(jpeft.stack(states), task)
+    alone = [runner(name, model)(s, model.params, ids) for s in states]
+    assert float(jnp.abs(alone[0] - alone[1]).max()) > 0.02
+    close(mixed, jnp.stack([alone[t][i] for i, t in enumerate(task)]), 1e-4)
+    # Gradients reach the tasks that are in the batch.
+    grads = jax.jit(jax.grad(lambda s: run(s, jnp.array([1, 1, -1])).sum()))(jpeft.stack(states))
+    for g in jax.tree.leaves(grads):
+        assert not g[0].any()
+        assert bool(g[1].any())
+    # The example of no task runs as the model does.
+    batch = {"input_ids": zoo.IDS, "attention_mask": jnp.ones_like(zoo.IDS)}
+    if not method.virtual:
+        none = jax.jit(run)(jpeft.stack(states), jnp.array([0, -1, 1]))
+        close(none[1], model.apply(model.params, zoo.IDS)[1], 1e-5)
+    else:
+        room = jpeft.virtual_tokens(batch, length=2, task=jnp.array([0, -1, 1]))
+        np.testing.assert_array_equal(room["input_ids"][1, :5], zoo.IDS[1])
+        np.testing.assert_array_equal(room["attention_mask"][1], [1, 1, 1, 1, 1, 0, 0])

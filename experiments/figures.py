@@ -1,0 +1,126 @@
+"""Write the figures of committed results into the README, between its markers.
+
+A marker is `<!-- figures: NAME -->`, and what follows it up to `<!-- end -->` is replaced by the
+table NAME of the files under docs/results. `--check` changes nothing, and fails where they differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tyro
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which page."""
+
+    page: pathlib.Path = ROOT / "README.md"
+    """The page to write into."""
+    check: bool = False
+    """Only tell whether the page is as the results are."""
+
+
+class FiguresError(RuntimeError):
+    """A marker without a table, or results that are not there."""
+
+
+def read(*parts: str) -> dict[str, Any]:
+    """One `result.json` under docs/results. **Raises:** `FiguresError` where it is absent."""
+    path = RESULTS.joinpath(*parts, "result.json")
+    if not path.is_file():
+        raise FiguresError(f"{path} is absent: run the command that makes it, with that --out")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first column is left, the others right."""
+    line = "| " + " | ".join(header) + " |"
+    rule = "|" + "|".join(["---"] + ["--:"] * (len(header) - 1)) + "|"
+    return "\n".join([line, rule, *("| " + " | ".join(r) + " |" for r in rows)])
+
+
+def source(result: Mapping[str, Any]) -> str:
+    """Machine, versions and date, in words."""
+    m, v = result["machine"], result["versions"]
+    names = [n for n in ("jax", "flax", "torch", "transformers", "peft") if n in v]
+    where = ", ".join(dict.fromkeys(m["devices"])) if m["platform"] != "cpu" else m["processor"]
+    return f"{where}, {m['cores']} cores, {', '.join(f'{n} {v[n]}' for n in names)}, {m['date']}"
+
+
+def score(value: Mapping[str, float]) -> str:
+    """In points, mean and deviation."""
+    text = f"{100 * value['mean']:.1f}"
+    return f"{text} ± {100 * value['std']:.1f}" if value["std"] else text
+
+
+def glue() -> str:
+    """`lora_glue` on four tasks."""
+    rows: list[list[str]] = []
+    results = {n: read("lora_glue", f"{n}_lora") for n in ("sst2", "mrpc", "cola", "rte")}
+    full = read("lora_glue", "sst2_full")
+    for name, r in results.items():
+        metric = next(iter(r["metrics"]["lora"]))
+        cells = [score(r["metrics"][k][metric]) for k in r["metrics"]]
+        whole = score(full["metrics"]["full"][metric]) if name == "sst2" else ""
+        seeds = str(len(r["seeds"]))
+        rows.append([f"{name.upper()}, {metric}", cells[0], whole, *cells[1:], seeds])
+    header = ["task", "LoRA r 8", "full", "head on frozen encoder", "majority class", "seeds"]
+    return markdown(header, rows) + f"\n\n{source(results['sst2'])}."
+
+
+def peers() -> str:
+    """`bench_peers` on a CPU."""
+    r = read("bench_peers", "two_core_cpu")
+    rows = [
+        [
+            row["shape"].replace("x", " x "),
+            f"{row['tokens_per_second']['jpeft']:,.0f}",
+            f"{row['tokens_per_second']['peft']:,.0f}",
+            f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
+        ]
+        for row in r["rows"]
+    ]
+    header = ["batch x length", "jpeft, tokens/s", "HF PEFT, tokens/s", "ratio"]
+    return markdown(header, rows) + f"\n\n{source(r)}."
+
+
+TABLES: dict[str, Callable[[], str]] = {"glue": glue, "peers": peers}
+
+
+def filled(text: str) -> str:
+    """A page with its tables made again. **Raises:** `FiguresError` for an unknown one."""
+
+    def table(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in TABLES:
+            raise FiguresError(f"there is no table '{name}': there are {', '.join(TABLES)}")
+        return f"<!-- figures: {name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- figures: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main(config: Config) -> int:
+    """Write, or with `check` compare: 0, or 1 where they differ."""
+    old = config.page.read_text(encoding="utf-8")
+    new = filled(old)
+    if config.check:
+        return int(old != new)
+    config.page.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(Config, description=__doc__)))
+    except FiguresError as e:
+        sys.exit(f"figures: {e}")

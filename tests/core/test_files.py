@@ -1,0 +1,77 @@
+"""Trained states on disk: what is told of wrong, damaged and foreign files."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jpeft
+from jpeft.config import from_json, to_json
+
+PARAMS = {"one": {"kernel": jnp.ones((6, 8))}, "two": {"kernel": jnp.ones((8, 6))}}
+LOW = jpeft.LoRA(2, 4.0, r"kernel$", rank_pattern={"two": 1}, parts={"one": (2, (1,))})
+
+
+@pytest.fixture
+def path(tmp_path):
+    state = LOW.init(jax.random.key(0), PARAMS)
+    jpeft.save(tmp_path / "state.safetensors", state, LOW, {"note": "as made"})
+    return tmp_path / "state.safetensors"
+
+
+def edit(path, change):
+    """The same arrays with another header."""
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        about = json.loads(file.metadata()["jpeft"])
+    change(about)
+    save_file(load_file(path), path, {"jpeft": json.dumps(about)})
+
+
+def test_load_tells_what_differs(path):
+    def like(method):
+        return method.init(jax.random.key(0), PARAMS)
+
+    other = jpeft.LoRA(3, 4.0, r"one/kernel$")
+    with pytest.raises(ValueError, match=r"misshapen: one/kernel/a is \(6, 2\), not \(6, 3\)"):
+        jpeft.load(path, like(other))
+    with pytest.raises(ValueError, match=r"unexpected: one/kernel/a"):
+        jpeft.load(path, like(jpeft.LoRA(1, 4.0, r"two/kernel$")))
+    with pytest.raises(ValueError, match="no such file"):
+        jpeft.load(path.with_name("absent"), like(LOW))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="no complete safetensors file"):
+        jpeft.load(path, like(LOW))
+
+
+def test_the_transform_is_in_the_file(path):
+    assert jpeft.load_transform(path) == LOW
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda a: a["transform"].update(rnak=4), "LoRA has no option 'rnak': did you mean 'rank'"),
+        (lambda a: a["transform"].update(type="Lora"), "no transform 'Lora': did you mean 'LoRA'"),
+        (lambda a: a.update(version=2), "has format 2, this version reads 1: update jpeft"),
+        (lambda a: a.pop("transform"), "saved without a transform"),
+        (lambda a: a["transform"].pop("type"), "a transform has a 'type'"),
+    ],
+)
+def test_a_header_that_cannot_be_read(path, change, told):
+    edit(path, change)
+    with pytest.raises(jpeft.CheckpointError, match=told):
+        jpeft.load_transform(path)
+
+
+def test_json_of_nested_transforms():
+    method = jpeft.chain(LOW, jpeft.chain(jpeft.PromptTuning(2, tokens=((1, 2),)).decoding()))
+    assert from_json(json.loads(json.dumps(to_json(method)))) == method
+
+
+def test_a_field_without_a_form_in_json(unchecked):
+    with pytest.raises(jpeft.ConfigError, match=r"LoRA.targets is a set"):
+        to_json(jpeft.LoRA(2, 4.0, {"a"}))  # pyright: ignore[reportArgumentType]
