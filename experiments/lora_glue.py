@@ -9,24 +9,23 @@ import dataclasses
 import functools
 import json
 import pathlib
-import shutil
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import tyro
 from rich.console import Console
 
 import jpeft
 from experiments.common import runtime
+from experiments.common.command import claim, command
 from experiments.common.console import bar, result_table
 from experiments.common.logs import MetricsLog
-from experiments.common.methods import RECIPES, Method, Sizes, make_room
+from experiments.common.methods import RECIPES, Method, PromptStart, Sizes, make_room
 from experiments.common.metrics import evaluate, majority
-from experiments.common.models import ModelError, cache, cpu_layout, fetch_model
+from experiments.common.models import cpu_layout, fetch_model
 from experiments.common.pipeline import Batches, Shapes, collate, shapes
-from experiments.common.readers import DataError
 from experiments.common.report import (
     describe_machine,
     mean_and_deviation,
@@ -36,21 +35,11 @@ from experiments.common.report import (
 )
 from experiments.common.tasks import Dataset, load
 from experiments.common.tokens import Example, load_tokenizer, tokenise
-from jpeft.hf import CheckpointError
 
 if TYPE_CHECKING:
-    from experiments.common.training import Schedule
+    from experiments.common.training import Schedule, Trainer
 
 TaskName = Literal["sst2", "mrpc", "cola", "rte", "stsb", "qnli", "qqp", "mnli", "sample"]
-USER_ERRORS = (
-    DataError,
-    ModelError,
-    CheckpointError,
-    jpeft.TargetError,
-    jpeft.LeafError,
-    ValueError,
-    OSError,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +68,14 @@ class Config:
     """The adapters' size."""
     prompt: int = 20
     """Virtual tokens of a prompt or a prefix."""
+    prompt_start: PromptStart = "vocabulary"
+    """Where a prompt starts: drawn words' embeddings, or uniform in [-0.5, 0.5]."""
+    words: tuple[int, int] = (1996, 6996)
+    """Rows of the vocabulary that a prompt starts from; BERT's whole words start at 1996."""
     dimensions: int = 2000
     """The subspaces' dimensions."""
+    top: int = 2
+    """The top layers that `top` trains."""
     lr: float | None = None
     """The peak learning rate; without it the method's own (experiments/common/methods.py)."""
     epochs: int = 3
@@ -99,6 +94,8 @@ class Config:
     """What the model computes in; trained arrays are float32 in either case."""
     dropout: bool = True
     """The model's own dropout in training."""
+    baseline: bool = True
+    """Train a head on the frozen encoder too, to compare with."""
     out: pathlib.Path | None = None
     """Folder for result.json, metrics.jsonl, the adapter and checkpoints."""
     resume: bool = False
@@ -113,8 +110,7 @@ class Config:
     @property
     def sizes(self) -> Sizes:
         """What the method is built from."""
-        low_rank = (self.rank, self.alpha, self.targets, self.lora_dropout)
-        return Sizes(*low_rank, self.bottleneck, self.prompt, self.dimensions)
+        return Sizes(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Sizes)})
 
     def method_transform(self) -> jpeft.Transform:
         """The transform of `method`."""
@@ -127,6 +123,9 @@ class Config:
         recipe = RECIPES[self.method]
         rate = recipe.rate if self.lr is None else self.lr
         return Schedule(rate, steps, weight_decay=recipe.decay, ratio=self.lora_plus)
+
+
+More = Callable[["Trainer", Any, "Prepared"], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +188,17 @@ def build(config: Config, directory: pathlib.Path, outputs: int, seed: int) -> A
 
 
 def run_seed(
-    config: Config, directory: pathlib.Path, prepared: Prepared, seed: int, console: Console
+    config: Config,
+    directory: pathlib.Path,
+    prepared: Prepared,
+    seed: int,
+    console: Console,
+    more: More | None = None,
 ) -> dict[str, Any]:
-    """Train and evaluate once: the metrics, of this method and of the frozen encoder's head."""
+    """Train and evaluate once: the metrics, of this method and of the frozen encoder's head.
+
+    **Arguments:** `more`, what else to write into the result, from the trainer and the state.
+    """
     from experiments.common.head import frozen_head
     from experiments.common.training import Trainer, train
 
@@ -234,15 +241,18 @@ def run_seed(
         "seed": seed,
         "validation": scores,
         "steps": progress.step,
+        "losses": [round(x, 5) for x in progress.losses],
         "last_loss": float(np.mean(progress.losses[-20:])) if progress.losses else None,
         "tokens_per_second": progress.tokens_per_second,
         "step_seconds": progress.step_seconds,
         "trained": jpeft.summary(transform, params, uses=_uses(apply, params)).trainable,
         "train_seconds": time.perf_counter() - start,
     }
+    if more is not None:
+        result |= more(trainer, state, prepared)
     if seed == 0:
         result["step_memory_mib"] = trainer.step_memory(_longest(batches))
-    if config.method != "head":
+    if with_baseline(config):
         sides = (prepared.train, prepared.validation)
         result["frozen_head"] = evaluate(
             task.metrics,
@@ -254,6 +264,11 @@ def run_seed(
         jpeft.save(folder / "adapter.safetensors", state, transform, about)
         write_json(folder / "result.json", result)
     return result
+
+
+def with_baseline(config: Config) -> bool:
+    """Whether the frozen encoder's head is trained beside the method."""
+    return config.baseline and config.method != "head"
 
 
 def _longest(batches: Batches) -> Any:
@@ -268,35 +283,9 @@ def _uses(apply: Any, params: Any) -> Any:
     return jpeft.uses(apply, params, *[jnp.zeros((1, 8), jnp.int32)] * 3)
 
 
-def claim(config: Config) -> None:
-    """Make `--out` ready. **Raises:** `ValueError` for one that holds a run not to be lost."""
-    if config.out is None:
-        if config.resume or config.tensorboard:
-            raise ValueError("--resume and --tensorboard need --out")
-        return
-    stamp = config.out / "config.json"
-    now: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    if config.overwrite and stamp.exists():
-        for path in [*config.out.glob("seed*"), stamp, config.out / "result.json"]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if config.resume:
-        if not stamp.exists():
-            raise ValueError(f"--resume: {config.out} holds no run")
-        before, free = json.loads(stamp.read_text()), {"resume", "overwrite", "out", "save_every"}
-        changed = [k for k in now if k not in free and before.get(k) != now[k]]
-        if changed:
-            told = ", ".join(f"{k} was {before.get(k)} and is {now[k]}" for k in changed)
-            raise ValueError(f"--resume: this is another run than {config.out} holds: {told}")
-    elif (config.out / "result.json").exists():
-        raise ValueError(f"{config.out} holds a finished run: pass --overwrite, or another --out")
-    elif stamp.exists():
-        raise ValueError(f"{config.out} holds an unfinished run: pass --resume, or --overwrite")
-    else:
-        config.out.mkdir(parents=True, exist_ok=True)
-        write_json(stamp, now)
-
-
-def main(config: Config, console: Console | None = None) -> dict[str, Any]:
+def main(
+    config: Config, console: Console | None = None, more: More | None = None
+) -> dict[str, Any]:
     """Run every seed, print the table, and write `result.json`; returns what it holds."""
     console = console or Console()
     start = time.perf_counter()
@@ -313,10 +302,10 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         if config.resume and done is not None and done.exists():
             results.append(json.loads(done.read_text()))
         else:
-            results.append(run_seed(config, directory, prepared, seed, console))
+            results.append(run_seed(config, directory, prepared, seed, console, more))
     names = data.task.metrics
     rows = {config.method: {n: [r["validation"][n] for r in results] for n in names}}
-    if config.method != "head":
+    if with_baseline(config):
         rows["frozen encoder, head"] = {n: [r["frozen_head"][n] for r in results] for n in names}
     rows["majority class" if data.task.labels else "mean score"] = {
         n: [v] for n, v in majority(names, prepared.labels, len(data.task.labels)).items()
@@ -343,27 +332,6 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     return result
 
 
-def cli() -> int:
-    """The command: 0, 2 for a user's error, 130 after Ctrl-C."""
-    from experiments.common.training import DivergedError, InterruptedRunError
-
-    config = tyro.cli(Config, description=__doc__)
-    runtime.cache_programs(cache() / "compiled")
-    console = Console()
-    try:
-        main(config, console)
-    except InterruptedRunError:
-        console.print(f"stopped; the checkpoint is in {config.out}: go on with --resume")
-        return 130
-    except KeyboardInterrupt:
-        console.print("stopped")
-        return 130
-    except (*USER_ERRORS, DivergedError) as e:
-        print(f"lora_glue: {e}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
     runtime.restart_tuned()
-    sys.exit(cli())
+    sys.exit(command("lora_glue", Config, main, __doc__))

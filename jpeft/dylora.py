@@ -91,7 +91,7 @@ class DyLoRA(LoRA):
             alpha_pattern=self.alpha_pattern,
             axes=self.axes,
         )
-        return lora, {path: _cut(f, rank) for path, f in trainable.items()}
+        return lora, {path: f.first(rank) for path, f in trainable.items()}
 
     def _first(self, f: Factors, b: jax.Array) -> Factors:
         """The factors with what is above rank `b` at zero, and B by `rank / b`."""
@@ -107,9 +107,3 @@ class DyLoRA(LoRA):
         return dataclasses.replace(
             f, a=jnp.where(keep_a, a, 0), b=jnp.where(keep_b, low, 0) * scale
         )
-
-
-def _cut(f: Factors, rank: int) -> Factors:
-    axis = f.axes.count("b")
-    b = jax.lax.slice_in_dim(f.b, 0, rank, axis=axis)
-    return dataclasses.replace(f, a=f.a[..., :rank], b=b)

@@ -41,6 +41,11 @@ class Factors:
     magnitude: Any = None
     axes: str = static("io")
 
+    def first(self, rank: int) -> Factors:
+        """The first columns of A and rows of B: an update of a smaller rank."""
+        b = jax.lax.slice_in_dim(self.b, 0, rank, axis=self.axes.count("b"))
+        return dataclasses.replace(self, a=self.a[..., :rank], b=b)
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRA(Transform):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -63,19 +64,25 @@ def summary(transform: Transform, params: Params, *, uses: Uses | None = None) -
     **Raises:** as `transform.init`.
     """
     leaves = flatten(params)
-    parts = transform.transforms if isinstance(transform, Chain) else (transform,)
     trainable = jax.eval_shape(lambda p: transform.init(jax.random.key(0), p, uses=uses), params)
     rows: list[Row] = []
     total = sum(_size(x) for x in leaves.values())
-    for part, state in zip(
-        parts, trainable if isinstance(transform, Chain) else (trainable,), strict=True
-    ):
+    for part, state in _parts(transform, trainable):
         name = type(part).__name__
         for path, arrays in state.items():
             count = sum(_size(x) for x in jax.tree.leaves(arrays))
             rows.append(Row(path, name, tuple(leaves[path].shape) if path in leaves else (), count))
     new = sum(r.trainable for r in rows if r.method != "Train")
     return Summary(tuple(rows), sum(r.trainable for r in rows), total + new)
+
+
+def _parts(transform: Transform, trainable: Any) -> Iterator[tuple[Transform, Any]]:
+    """Every transform inside chains, with its state."""
+    if not isinstance(transform, Chain):
+        yield transform, trainable
+        return
+    for part, state in zip(transform.transforms, trainable, strict=True):
+        yield from _parts(part, state)
 
 
 def _size(x: Any) -> int:

@@ -83,12 +83,20 @@ class Train(Transform):
 
     The trained copies are fp32 whatever the model's type; the model reads them in its own.
     `Train(r".*")` is full fine-tuning, `Train(r"^classifier/")` a new head.
+
+    **Arguments:** `last`, of parameters that are stacked over layers along their first axis, train
+    only so many layers, the last ones.
     """
 
     targets: str | Sequence[str]
+    last: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.last is not None and self.last < 1:
+            raise ValueError(f"last counts layers from the end, at least 1; got {self.last}")
 
     def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
-        """`{path: fp32 array of the parameter's shape}`, starting at the parameters."""
+        """`{path: fp32 array of the parameter's shape}`, or of its last layers', starting there."""
         del key, uses
         leaves = flatten(params)
         trainable: dict[str, Any] = {}
@@ -101,6 +109,13 @@ class Train(Transform):
                 )
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
                 raise TargetError(f"'{path}' is {leaf.dtype}: only real numbers can be trained")
+            if self.last is not None:
+                if not leaf.shape or leaf.shape[0] < self.last:
+                    raise TargetError(
+                        f"'{path}' has shape {tuple(leaf.shape)}: it has no {self.last} layers to "
+                        "train the last of"
+                    )
+                leaf = leaf[-self.last :]
             # A copy even where it is fp32 already: a step that donates it must not eat the model.
             trainable[path] = jnp.array(leaf, dtype=jnp.float32, copy=True)
         return trainable
@@ -111,13 +126,16 @@ class Train(Transform):
         """The parameters with the trained ones in place, in the model's type."""
         del key
         leaves = flatten(params)
-        return replace(
-            params,
-            {
-                path: value.astype(leaves[path].dtype) if path in leaves else value
-                for path, value in trainable.items()
-            },
-        )
+
+        def new(path: str, value: Any) -> Any:
+            if path not in leaves:
+                return value
+            value = value.astype(leaves[path].dtype)
+            if self.last is None:
+                return value
+            return jnp.concatenate([leaves[path][: -self.last], value])
+
+        return replace(params, {path: new(path, value) for path, value in trainable.items()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import jpeft
 Method = Literal[
     "full",
     "head",
+    "top",
     "lora",
     "rslora",
     "dora",
@@ -27,6 +28,7 @@ Method = Literal[
     "ia3",
     "bitfit",
 ]
+PromptStart = Literal["uniform", "vocabulary"]
 METHODS: tuple[Method, ...] = get_args(Method)
 HEAD = jpeft.Train(r"^classifier/")
 KEYS_AND_VALUES = r"attention/self/(key|value)/"
@@ -42,10 +44,13 @@ class Sizes:
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = (r"(query|value)/kernel$",)
-    dropout: float = 0.0
+    lora_dropout: float = 0.0
     bottleneck: int = 64
     prompt: int = 20
     dimensions: int = 2000
+    top: int = 2
+    prompt_start: PromptStart = "vocabulary"
+    words: tuple[int, int] = (1996, 6996)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Recipe:
 
 
 def _lora(s: Sizes, **options: Any) -> jpeft.LoRA:
-    return jpeft.LoRA(s.rank, s.alpha, s.targets, dropout=s.dropout, **options)
+    return jpeft.LoRA(s.rank, s.alpha, s.targets, dropout=s.lora_dropout, **options)
 
 
 def _with_head(build: Callable[[Sizes], jpeft.Transform]) -> Callable[[Sizes], jpeft.Transform]:
@@ -72,17 +77,18 @@ def _with_head(build: Callable[[Sizes], jpeft.Transform]) -> Callable[[Sizes], j
 
 
 def _prompt(s: Sizes) -> jpeft.Transform:
-    return jpeft.PromptTuning(s.prompt, WORDS, vocabulary=(1996, 6996))
+    return jpeft.PromptTuning(s.prompt, WORDS, s.prompt_start, s.words)
 
 
 RECIPES: Mapping[Method, Recipe] = {
     "full": Recipe(lambda s: jpeft.Train(r".*"), 2e-4),
     "head": Recipe(lambda s: HEAD, 1e-2),
+    "top": Recipe(_with_head(lambda s: jpeft.Train(r"encoder/layer/", last=s.top)), 5e-4),
     "lora": Recipe(_with_head(_lora), 2e-3),
     "rslora": Recipe(_with_head(lambda s: _lora(s, rslora=True)), 1e-3),
     "dora": Recipe(_with_head(lambda s: _lora(s, dora=True)), 2e-3),
     "dylora": Recipe(
-        _with_head(lambda s: jpeft.DyLoRA(s.rank, s.alpha, s.targets, dropout=s.dropout)), 2e-3
+        _with_head(lambda s: jpeft.DyLoRA(s.rank, s.alpha, s.targets, dropout=s.lora_dropout)), 2e-3
     ),
     "adapter": Recipe(
         lambda s: jpeft.chain(HEAD, jpeft.houlsby(s.bottleneck, PROJECTIONS, r"LayerNorm/")), 1e-3

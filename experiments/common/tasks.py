@@ -115,7 +115,7 @@ def load(name: str, data: pathlib.Path | None) -> Dataset:
     """The task's rows, from a folder, or for `sample` from this package.
 
     **Arguments:** `data`, a folder with the task's files, or one that has it under GLUE's name for
-    the task; None fetches GLUE from the Hugging Face hub.
+    the task, or under `name`; None fetches GLUE from the Hugging Face hub.
 
     **Raises:** `DataError` that names the file, and the line or column.
     """
@@ -127,7 +127,8 @@ def load(name: str, data: pathlib.Path | None) -> Dataset:
         from experiments.common.hub import fetch_glue
 
         return fetch_glue(task)
-    folder = data / task.folder if (data / task.folder).is_dir() else data
+    named = (data / n for n in (task.folder, name, f"{name}_sentence") if n)
+    folder = next((f for f in named if f.is_dir()), data)
     if not folder.is_dir():
         raise DataError(f"--data {data}: there is no such folder")
     train = next((folder / f for f in TRAIN if (folder / f).is_file()), None)

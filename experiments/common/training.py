@@ -120,7 +120,7 @@ class Trainer:
         def loss(state: Any) -> Any:
             own, models = jax.random.split(key)
             rewritten = self.transform.rewrite(params, state, key=own)
-            outputs = self._forward(rewritten, batch, models if self.dropout else None)
+            outputs = self.forward(rewritten, batch, models if self.dropout else None)
             return loss_of(outputs, batch["labels"], batch["valid"])
 
         value, grads = jax.value_and_grad(loss)(state)
@@ -128,9 +128,10 @@ class Trainer:
         return optax.apply_updates(state, updates), moments, value
 
     def _outputs(self, params: Any, state: Any, batch: Any) -> Any:
-        return self._forward(self.transform.rewrite(params, state), batch, None)
+        return self.forward(self.transform.rewrite(params, state), batch, None)
 
-    def _forward(self, rewritten: Any, batch: Any, key: Any) -> Any:
+    def forward(self, rewritten: Any, batch: Any, key: Any) -> Any:
+        """The model's outputs on a batch; `key` switches its dropout on."""
         batch = self.room(batch)
         pooling = {k: batch[k] for k in ("pooling_mask",) if k in batch}
         inputs = [batch[k] for k in INPUTS]
@@ -205,7 +206,8 @@ def train(
         if resume and manager is not None and manager.latest_step() is not None:
             state, moments, data = _restore(manager, state, moments)
             iterator.set_state(data["data"])
-            progress = Progress(data["step"], data["tokens"], data["seconds"], data["timed"])
+            kept = ("step", "tokens", "seconds", "timed", "losses")
+            progress = Progress(**{k: data[k] for k in kept})
         compiled: set[int] = set()
         with _stop_on_interrupt() as stopped:
             while progress.step < trainer.schedule.steps:
@@ -288,6 +290,7 @@ def _save(manager: Any, progress: Progress, state: Any, moments: Any, data: Any)
         "tokens": progress.tokens,
         "seconds": progress.seconds,
         "timed": progress.timed,
+        "losses": progress.losses,
         "data": data,
     }
     arrays = ocp.args.StandardSave(names((state, moments)))  # type: ignore[call-arg]

@@ -37,6 +37,7 @@ METHODS = {
     "parts": Method(jpeft.LoRA(2, 4.0, r"up/(kernel|weight)$", parts={"up": (2, (1,))})),
     "dylora": Method(jpeft.DyLoRA(3, 4.0, KERNELS)),
     "train": Method(jpeft.Train(DOWN)),
+    "the last layer": Method(jpeft.Train(DOWN, last=1)),
     "ia3": Method(jpeft.IA3(r"(key|value)/(kernel|weight)$", DOWN)),
     "bitfit": Method(jpeft.bitfit()),
     "did": Method(jpeft.Subspace(20, KERNELS)),
@@ -115,7 +116,7 @@ def runner(name, model):
 VARIANTS = {"lora of tables", "rslora", "parts", "said by tensor", "sparse subspace", "pfeiffer"}
 VARIANTS |= {"adapter at zero", "adapter on a kernel", "values after the first token"}
 VARIANTS |= {"lora over ia3", "ia3 over lora", "lora twice", "adapter over lora"}
-VARIANTS |= {"said and a head", "prompt, prefix and lora"}
+VARIANTS |= {"the last layer", "said and a head", "prompt, prefix and lora"}
 
 
 def cases():
@@ -291,7 +292,7 @@ def test_outside_every_transformation(name, model):
 
 # They train arrays as they are: of stacked layers they do not know which axis counts tasks.
 WITHOUT_AXES = {"train", "bitfit", "did", "said", "said by tensor", "sparse subspace"}
-WITHOUT_AXES |= {"said and a head"}
+WITHOUT_AXES |= {"said and a head", "the last layer"}
 
 
 @each

@@ -1,0 +1,56 @@
+"""Figures: one style, a source line, PNG and SVG."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+
+
+@contextmanager
+def figure(
+    out: pathlib.Path | None, name: str, source: str, console: Console, size: Any = (6.4, 4.2)
+) -> Iterator[Any]:
+    """An axes to draw on; `out/name.png` and `out/name.svg` when the block ends.
+
+    Without a folder, or where matplotlib is not installed, it yields None; the latter is told.
+    """
+    if out is None:
+        yield None
+        return
+    try:
+        import matplotlib
+    except ImportError:
+        console.print("no plot: it needs the extra, jpeft[plot]")
+        yield None
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # Fixed, so that equal results are equal files.
+    style = {"svg.hashsalt": "jpeft", "axes.spines.top": False, "axes.spines.right": False}
+    with pyplot.rc_context(style):
+        drawn, axes = pyplot.subplots(figsize=size, layout="constrained")
+        yield axes
+        drawn.supxlabel(source, fontsize=7, color="0.4", x=0.01, ha="left")
+        drawn.savefig(out / f"{name}.png", dpi=150)
+        drawn.savefig(out / f"{name}.svg", metadata={"Date": None})
+        pyplot.close(drawn)
+    console.print(f"plot: {out / name}.png, .svg")
+
+
+def source_line(result: Mapping[str, Any]) -> str:
+    """Where a figure's numbers come from, in one line."""
+    machine, config = result["machine"], result["config"]
+    seeds = f"{config['seeds']} seed" + ("s" if config["seeds"] > 1 else "")
+    where = machine["processor"] if machine["platform"] == "cpu" else machine["devices"][0]
+    model = pathlib.Path(config["model"]).name
+    return (
+        f"{model} on {config['task']}, {seeds}; {where}, jax {result['versions']['jax']}, "
+        f"{machine['date']}"
+    )

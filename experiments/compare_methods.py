@@ -1,0 +1,107 @@
+"""Every method on one task: score, trained parameters, time of a step and its memory.
+
+Without arguments: all-MiniLM-L6-v2 on the sample of this package, one seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments import lora_glue
+from experiments.common import runtime
+from experiments.common.command import claim, command
+from experiments.common.methods import METHODS, Method
+from experiments.common.plots import COLOURS, figure, source_line
+from experiments.common.sweep import Results, metric_of, refuse, runs_of, sweep, write_result
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(lora_glue.Config):
+    """Options are those of `lora_glue`, for every run."""
+
+    methods: tuple[Method, ...] = METHODS
+    """The methods, one run each."""
+    long: tuple[Method, ...] = ("prompt", "prefix", "subspace", "said", "ia3")
+    """Methods that learn slowly, and are given `--long-epochs`."""
+    long_epochs: int | None = None
+    """Epochs of the methods in --long; without it as many as the others'."""
+
+
+def main(config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Run, print and write the table and the plot."""
+    console = console or Console()
+    refuse(config, method="--methods", lr="lora_glue")
+    claim(config)
+    changes: dict[str, dict[str, Any]] = {m: {"method": m} for m in config.methods}
+    for method in config.long:
+        if method in changes and config.long_epochs is not None:
+            changes[method]["epochs"] = config.long_epochs
+    results = sweep(runs_of(config, changes), console)
+    rows = {m: row(results[m], m) for m in config.methods}
+    result = write_result(config, results, rows=rows)
+    console.print(table(rows, config.seeds))
+    draw(config, result, rows, console)
+    return result
+
+
+def row(result: Results | Any, method: str) -> dict[str, Any]:
+    """One line of the table."""
+    first = result["seeds"][0]
+    metric, score = metric_of(result, method)
+    memory = first["step_memory_mib"]
+    return {
+        "metric": metric,
+        "mean": score["mean"],
+        "std": score["std"],
+        "trained": first["trained"],
+        "step_ms": 1e3 * sum(s["step_seconds"] for s in result["seeds"]) / len(result["seeds"]),
+        "memory_mib": memory["arguments"] + memory["temporaries"],
+        "epochs": result["config"]["epochs"],
+    }
+
+
+def table(rows: dict[str, dict[str, Any]], seeds: int) -> Table:
+    """The rows as a terminal table, best first."""
+    out = Table(title="validation" + (f", {seeds} seeds" if seeds > 1 else ""))
+    metric = next(iter(rows.values()))["metric"]
+    for name in ("method", metric, "trained", "epochs", "ms a step", "MiB a step"):
+        out.add_column(name, justify="left" if name == "method" else "right")
+    for method, r in sorted(rows.items(), key=lambda item: -item[1]["mean"]):
+        score = f"{r['mean']:.4f}" + (f" ± {r['std']:.4f}" if seeds > 1 else "")
+        cells = (f"{r['trained']:,}", str(r["epochs"]), f"{r['step_ms']:.0f}")
+        out.add_row(method, score, *cells, f"{r['memory_mib']:,.0f}")
+    return out
+
+
+def draw(
+    config: Config, result: dict[str, Any], rows: dict[str, dict[str, Any]], console: Console
+) -> None:
+    """Score against trained parameters."""
+    with figure(config.out, "compare_methods", source_line(result), console) as axes:
+        if axes is None:
+            return
+        for i, (method, r) in enumerate(rows.items()):
+            axes.errorbar(
+                r["trained"], r["mean"], r["std"], fmt="o", capsize=2, color=COLOURS[i % 7]
+            )
+            axes.annotate(
+                method,
+                (r["trained"], r["mean"]),
+                xytext=(4, 4 if i % 2 else -9),
+                textcoords="offset points",
+                fontsize=7,
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("trained parameters (log scale)")
+        axes.set_ylabel(f"{config.task}, validation {next(iter(rows.values()))['metric']}")
+        axes.grid(alpha=0.3)
+
+
+if __name__ == "__main__":
+    runtime.restart_tuned()
+    sys.exit(command("compare_methods", Config, main, __doc__))

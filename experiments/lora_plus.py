@@ -1,0 +1,94 @@
+"""LoRA+: the loss against steps for several ratios of the learning rates of B and A.
+
+Without arguments: ratios 1, 4 and 16 on the sample of this package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments import lora_glue
+from experiments.common import runtime
+from experiments.common.command import claim, command
+from experiments.common.plots import COLOURS, figure, source_line
+from experiments.common.sweep import metric_of, refuse, runs_of, sweep, write_result
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(lora_glue.Config):
+    """Options are those of `lora_glue`, for every run."""
+
+    ratios: tuple[float, ...] = (1.0, 4.0, 16.0)
+    """How many times as fast B learns; 1 is plain AdamW at the rate of A."""
+    lr: float | None = 2e-4
+    """The peak learning rate of the A matrices."""
+    window: int = 20
+    """Steps that a point of the curves is the mean of."""
+
+
+def main(config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Run, print and write the table and the plot."""
+    console = console or Console()
+    refuse(config, lora_plus="--ratios", method="lora_glue")
+    claim(config)
+    changes = {f"ratio_{ratio:g}": {"lora_plus": ratio} for ratio in config.ratios}
+    results = sweep(runs_of(config, changes), console)
+    rows: dict[str, Any] = {}
+    for ratio in config.ratios:
+        result = results[f"ratio_{ratio:g}"]
+        metric, score = metric_of(result, "lora")
+        curve = np.mean([s["losses"] for s in result["seeds"]], axis=0)
+        kept = len(curve) // config.window * config.window
+        means = curve[:kept].reshape(-1, config.window).mean(1) if kept else curve[:0]
+        rows[f"{ratio:g}"] = {
+            "metric": metric,
+            "score": score,
+            "curve": [round(float(x), 5) for x in means],
+            "last_loss": float(curve[-config.window :].mean()),
+        }
+    base = rows.get("1", next(iter(rows.values())))["last_loss"]
+    for row in rows.values():
+        reached = [i for i, x in enumerate(row["curve"]) if x <= base]
+        row["steps_to_plain_loss"] = (reached[0] + 1) * config.window if reached else None
+    result = write_result(config, results, rows=rows)
+    console.print(table(rows))
+    draw(config, result, rows, console)
+    return result
+
+
+def table(rows: dict[str, Any]) -> Table:
+    """Ratios down."""
+    metric = next(iter(rows.values()))["metric"]
+    out = Table(title="LoRA+ by ratio")
+    for name in ("ratio", f"validation {metric}", "last loss", "steps to ratio 1's last loss"):
+        out.add_column(name, justify="right")
+    for ratio, r in rows.items():
+        steps = r["steps_to_plain_loss"]
+        cells = (f"{r['score']['mean']:.4f}", f"{r['last_loss']:.4f}")
+        out.add_row(ratio, *cells, "not reached" if steps is None else str(steps))
+    return out
+
+
+def draw(config: Config, result: dict[str, Any], rows: dict[str, Any], console: Console) -> None:
+    """The curves."""
+    with figure(config.out, "lora_plus", source_line(result), console) as axes:
+        if axes is None:
+            return
+        for i, (ratio, r) in enumerate(rows.items()):
+            x = [(k + 0.5) * config.window for k in range(len(r["curve"]))]
+            axes.plot(x, r["curve"], color=COLOURS[i % 7], label=ratio, linewidth=1.2)
+        axes.set_xlabel("training step")
+        axes.set_ylabel(f"training loss (mean of {config.window} steps)")
+        axes.legend(title="rate of B / rate of A", frameon=False)
+        axes.grid(alpha=0.3)
+
+
+if __name__ == "__main__":
+    runtime.restart_tuned()
+    sys.exit(command("lora_plus", Config, main, __doc__))
