@@ -92,12 +92,12 @@ def _scan(call: Call, interpret: Interpret) -> list[Any]:
     carries = call.operands[n_consts : n_consts + n_carry]
     xs = call.operands[n_consts + n_carry :]
     kept, init = _carried(call, p["jaxpr"], n_consts, carries)
+    xs = tuple(x.scanned(p["length"]) if isinstance(x, Leaf) else x for x in xs)
     for x in xs:
         if isinstance(x, Leaf) and any(y.shape[:1] != (p["length"],) for y in jax.tree.leaves(x)):
             raise LeafError(
                 f"'{x.path}' is stacked over {p['length']} layers, which {type(x).__name__} was "
-                "made without knowing: pass uses=jpeft.uses(apply, params, *inputs) to init (for "
-                "one state a task, use a method that has axes)"
+                "made without knowing: pass uses=jpeft.uses(apply, params, *inputs) to init"
             )
 
     def body(carry: list[Any], x: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:

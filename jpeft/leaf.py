@@ -107,6 +107,11 @@ class Leaf(abc.ABC):
         """How many of the parameter's first axes are stacked (layers, experts)."""
         return 0
 
+    def scanned(self, length: int) -> Leaf:
+        """This leaf as a loop over its first axis is to slice it."""
+        del length
+        return self
+
     def switched(self, on: jax.Array) -> Leaf:
         """This leaf, having no effect where the boolean `on` is false; `base` is not touched.
 

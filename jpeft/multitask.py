@@ -191,13 +191,20 @@ class PerTask(Site):
         """Not to be sharded by hand."""
         raise LeafError(f"the parameter '{self.path}' of many tasks cannot enter a shard_map")
 
+    def scanned(self, length: int) -> PerTask:
+        """With the layers' axis first: `Train` does not know that a parameter is stacked."""
+        if self.task.ndim > 1:
+            return self
+        flat, tree = jax.tree.flatten(self.base)
+        moved = [
+            x if a == _FIXED or x.ndim < 2 else jnp.moveaxis(x, 0, 1)
+            for x, a in zip(flat, _axes(self.base, 0, self.levels), strict=True)
+        ]
+        ids = jnp.broadcast_to(self.task, (length, *self.task.shape))
+        return dataclasses.replace(self, base=jax.tree.unflatten(tree, moved), task=ids)
+
     def rule(self, call: Call, index: int) -> list[Any]:
         """Arranged for all tasks; used by each example with its own."""
-        if self.task.ndim == 0:
-            raise LeafError(
-                f"'{self.path}' is stacked over layers, and its method does not know: per-task "
-                "training of it needs a method with axes, such as LoRA, Adapter or IA3"
-            )
         return [self._arranged(call, index)] if call.name in _ARRANGED else self._used(call, index)
 
     def _arranged(self, call: Call, index: int) -> PerTask:

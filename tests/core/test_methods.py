@@ -290,11 +290,6 @@ def test_outside_every_transformation(name, model):
     close(two[1], run(other, ids[1:2])[0], 1e-4)
 
 
-# They train arrays as they are: of stacked layers they do not know which axis counts tasks.
-WITHOUT_AXES = {"train", "bitfit", "did", "said", "said by tensor", "sparse subspace"}
-WITHOUT_AXES |= {"said and a head", "the last layer"}
-
-
 @each
 def test_many_tasks_in_one_batch(name, model):
     method, model = METHODS[name], make(model)
@@ -305,10 +300,6 @@ def test_many_tasks_in_one_batch(name, model):
     def run(stacked, task):
         return forward(method.transform.rewrite(model.params, stacked, task=task), ids)
 
-    if model is make("scanned") and name in WITHOUT_AXES:
-        with pytest.raises(jpeft.LeafError, match="stacked"):
-            jax.eval_shape(run, jpeft.stack(states), task)
-        return
     mixed = jax.jit(run)(jpeft.stack(states), task)
     alone = [runner(name, model)(s, model.params, ids) for s in states]
     assert float(jnp.abs(alone[0] - alone[1]).max()) > 0.02

@@ -1,0 +1,205 @@
+"""The cost of a step: subspaces beside full fine-tuning, a batch of many tasks beside one task's.
+
+Everything runs in one process, in turn on one batch, and ratios are taken within each round. The
+memory is what the compiled programs say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import jpeft
+from experiments.common import runtime
+from experiments.common.command import command
+from experiments.common.methods import RECIPES, Method, Sizes, make_room
+from experiments.common.models import cpu_layout, fetch_model
+from experiments.common.report import describe_machine, versions, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to measure."""
+
+    model: str = "minilm"
+    """`minilm`, a directory with a BERT, or a hub name."""
+    batch: int = 32
+    """Examples in the batch."""
+    length: int = 64
+    """Tokens in each."""
+    training: tuple[Method, ...] = ("full", "lora", "subspace", "said")
+    """Training steps; ratios are to the first."""
+    mixed: tuple[Method, ...] = ("lora", "adapter", "ia3", "prompt", "prefix")
+    """Methods whose batch of many tasks is run forward beside a single task's."""
+    tasks: int = 8
+    """Tasks in one batch."""
+    rounds: int = 9
+    """Turns of each."""
+    out: pathlib.Path | None = None
+    """Folder for `result.json`."""
+
+
+def main(config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Measure, print and write."""
+    console = console or Console()
+    steps = training(config, console)
+    mixed = many_tasks(config, console)
+    table = Table(title=f"training steps, batch {config.batch} x {config.length}")
+    for name in ("method", "ms", "ratio", "MiB", "ratio of MiB"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for name, r in steps.items():
+        cells = (f"{r['ms']:.0f}", f"{r['ratio']:.2f}", f"{r['mib']:,.0f}")
+        table.add_row(name, *cells, f"{r['memory_ratio']:.2f}")
+    console.print(table)
+    table = Table(title=f"forward, {config.tasks} tasks in one batch beside one task")
+    for name in ("method", "one task, ms", f"{config.tasks} tasks, ms", "throughput ratio"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for name, r in mixed.items():
+        table.add_row(name, f"{r['single_ms']:.0f}", f"{r['mixed_ms']:.0f}", f"{r['ratio']:.2f}")
+    console.print(table)
+    result = {
+        "config": dataclasses.asdict(config) | {"out": None},
+        "training": steps,
+        "many_tasks": mixed,
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(config.out / "result.json", result)
+    return result
+
+
+def trainer_of(config: Config, method: Method, console: Console) -> Any:
+    """The compiled trainer of a method, without dropout, on a model with a head for two classes."""
+    import functools
+
+    import jax
+
+    from experiments.common.training import Schedule, Trainer
+    from jpeft.hf import load_sequence_classifier
+
+    directory = fetch_model(config.model, console)
+    model, _ = load_sequence_classifier(
+        directory, 2, key=jax.random.key(0), pooling="mean", **cpu_layout()
+    )
+    apply, params = jpeft.functional(model)
+    recipe, sizes = RECIPES[method], Sizes()
+    first = model.config.vocab_size if method == "prompt" else 0
+    room = functools.partial(make_room, length=recipe.room(sizes), first=first)
+    schedule = Schedule(recipe.rate, 1000)
+    return Trainer(apply, params, recipe.transform(sizes), schedule, 0, False, room)
+
+
+def batch_of(config: Config) -> dict[str, np.ndarray]:
+    """Random tokens, no padding."""
+    rng = np.random.default_rng(0)
+    shape = (config.batch, config.length)
+    return {
+        "input_ids": rng.integers(1996, 20_000, shape, dtype=np.int32),
+        "attention_mask": np.ones(shape, np.int32),
+        "token_type_ids": np.zeros(shape, np.int32),
+        "labels": rng.integers(0, 2, config.batch).astype(np.float32),
+        "valid": np.ones(config.batch, np.float32),
+    }
+
+
+def turns(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each, in turn; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if round_:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    """The median of `a / b` within rounds."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def training(config: Config, console: Console) -> dict[str, Any]:
+    """Training steps of every method."""
+    batch = batch_of(config)
+    runs: dict[str, Callable[[], Any]] = {}
+    memory: dict[str, float] = {}
+    for method in config.training:
+        trainer = trainer_of(config, method, console)
+        memory[method] = sum(trainer.step_memory(batch).values())
+        runs[method] = _stepper(trainer, batch)
+    times = turns(runs, config.rounds)
+    first = config.training[0]
+    return {
+        name: {
+            "ms": statistics.median(times[name]),
+            "ratio": ratio(times[name], times[first]),
+            "mib": memory[name],
+            "memory_ratio": memory[name] / memory[first],
+        }
+        for name in config.training
+    }
+
+
+def _stepper(trainer: Any, batch: Any) -> Callable[[], Any]:
+    held = list(trainer.init())
+
+    def run() -> None:
+        held[0], held[1], loss = trainer.step(trainer.params, *held, batch, np.int32(0))
+        float(loss)
+
+    return run
+
+
+def many_tasks(config: Config, console: Console) -> dict[str, Any]:
+    """The forward pass of a batch of many tasks, and of one task's batch."""
+    import jax
+
+    from experiments.common.training import compiler_options
+
+    batch = batch_of(config)
+    task = np.arange(config.batch, dtype=np.int32) % config.tasks
+    out: dict[str, Any] = {}
+    for method in config.mixed:
+        trainer = trainer_of(config, method, console)
+        state, _ = trainer.init()
+        stacked = jpeft.stack(
+            [jax.tree.map(lambda x, k=k: x + 0.01 * k, state) for k in range(config.tasks)]
+        )
+
+        def forward(
+            params: Any, stacked: Any, batch: Any, task: Any, trainer: Any = trainer
+        ) -> Any:
+            rewritten = trainer.transform.rewrite(params, stacked, task=task)
+            return trainer.forward(rewritten, batch, None)
+
+        mixed = jax.jit(forward, compiler_options=compiler_options())
+        runs: dict[str, Callable[[], Any]] = {
+            "single": lambda t=trainer, s=state: t.outputs(t.params, s, batch).block_until_ready(),
+            "mixed": lambda t=trainer, m=mixed, s=stacked: m(
+                t.params, s, batch, task
+            ).block_until_ready(),
+        }
+        times = turns(runs, config.rounds)
+        out[method] = {
+            "single_ms": statistics.median(times["single"]),
+            "mixed_ms": statistics.median(times["mixed"]),
+            "ratio": ratio(times["single"], times["mixed"]),
+        }
+    return out
+
+
+if __name__ == "__main__":
+    runtime.restart_tuned()
+    sys.exit(command("bench_steps", Config, main, __doc__))
