@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -193,19 +194,38 @@ def hadamard(x: Float[Array, "*n k"]) -> Float[Array, "*n k"]:
     return x
 
 
+@functools.partial(jax.checkpoint, static_argnums=(2,))
 def _fastfood(key: Any, theta: Any, size: int) -> Any:
-    """Blocks of `H G Pi H B`, one below the other, until there are `size` rows."""
+    """Blocks of `H G Pi H B`, one below the other, until there are `size` rows.
+
+    The blocks share `B` and `Pi`, so that `Pi H B theta` is computed once; their Gaussians differ,
+    which alone makes their rows independent. The gradient makes `G` again: it is not kept.
+    """
     d = theta.shape[0]
     k = 1 << max(0, d - 1).bit_length()
     blocks = -(-size // k)
     signs, order, gauss = jax.random.split(key, 3)
-    b = jax.random.rademacher(signs, (blocks, k), theta.dtype)
-    g = jax.random.normal(gauss, (blocks, k), theta.dtype)
-    # One permutation for all blocks, whose signs and Gaussians differ, costs one gather.
-    pi = jax.random.permutation(order, k)
-    x = hadamard(b * jnp.pad(theta, (0, k - d)))[:, pi] * g
-    x = hadamard(x) * jax.lax.rsqrt(k * jnp.sum(g * g, axis=1, keepdims=True))
-    return x.reshape(-1)[:size] * math.sqrt(k)
+    b = jax.random.rademacher(signs, (k,), theta.dtype)
+    mixed = jax.random.permutation(order, hadamard(b * jnp.pad(theta, (0, k - d))))
+    g = _normal(gauss, blocks, k)
+    x = hadamard(mixed * g) * jax.lax.rsqrt(jnp.sum(g * g, axis=1, keepdims=True))
+    return x.reshape(-1)[:size]
+
+
+def _normal(key: Any, rows: int, columns: int) -> Float[Array, "n k"]:
+    """Gaussians, the same on every device and in every version: hashed counters, through the
+    normal's inverse distribution. JAX's own generator costs several times the rest of a projection.
+    """
+    shape = (rows, columns)
+    x = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) * jnp.uint32(columns)
+    x = (x + jax.lax.broadcasted_iota(jnp.uint32, shape, 1)) * jnp.uint32(0x9E3779B9)
+    x = x + jax.random.bits(key, (), jnp.uint32)
+    # The finaliser of MurmurHash3 (Appleby), in which every bit of the input moves every other.
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    x = x ^ (x >> 16)
+    between = (x >> 8).astype(jnp.float32) * 2.0**-23 + (2.0**-24 - 1)  # inside (-1, 1)
+    return math.sqrt(2) * jax.lax.erf_inv(between)
 
 
 def _sparse(key: Any, theta: Any, size: int) -> Any:

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import hadamard as dense_hadamard
+from scipy.stats import kstest
 
 import jpeft
-from jpeft.subspace import _fastfood, hadamard
+from jpeft.subspace import _fastfood, _normal, hadamard
 
 PARAMS = {
     "embed": {"embedding": jnp.ones((11, 6))},
@@ -31,13 +32,13 @@ def test_fastfood_is_its_dense_matrix():
     d, size = 6, 21
     key = jax.random.key(4)
     signs, order, gauss = jax.random.split(key, 3)
-    b = jax.random.rademacher(signs, (3, 8), jnp.float32)
-    g = jax.random.normal(gauss, (3, 8))
-    pi = jnp.eye(8)[jax.random.permutation(order, 8)]
+    b = jax.random.rademacher(signs, (8,), jnp.float32)
+    g = _normal(gauss, 3, 8)
+    pi = jax.random.permutation(order, jnp.eye(8))
     h = jnp.asarray(dense_hadamard(8), jnp.float32)
     blocks = []
     for i in range(3):
-        matrix = h @ jnp.diag(g[i]) @ pi @ h @ jnp.diag(b[i])
+        matrix = h @ jnp.diag(g[i]) @ pi @ h @ jnp.diag(b)
         blocks.append(matrix / jnp.sqrt(8 * jnp.sum(g[i] ** 2)) * jnp.sqrt(8))
     dense = jnp.concatenate(blocks)[:size, :d]
     theta = jax.random.normal(jax.random.key(5), (d,))
@@ -45,6 +46,18 @@ def test_fastfood_is_its_dense_matrix():
     cotangent = jax.random.normal(jax.random.key(6), (size,))
     (grad,) = jax.vjp(lambda t: _fastfood(key, t, size), theta)[1](cotangent)
     np.testing.assert_allclose(grad, dense.T @ cotangent, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gaussians_are_normal_and_independent():
+    g = np.asarray(_normal(jax.random.key(3), 512, 1024), np.float64)
+    assert kstest(g.ravel(), "norm").pvalue > 0.001
+    assert abs(g.mean()) < 0.005
+    assert np.abs(np.corrcoef(g[:64])[np.triu_indices(64, 1)]).max() < 0.16  # 5 deviations
+    for shift in (1, 2, 7, 1024):
+        flat = g.ravel()
+        assert abs(np.corrcoef(flat[:-shift], flat[shift:])[0, 1]) < 0.007
+    other = np.asarray(_normal(jax.random.key(4), 512, 1024)).ravel()
+    assert abs(np.corrcoef(g.ravel(), other)[0, 1]) < 0.007
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
