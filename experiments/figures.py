@@ -94,7 +94,33 @@ def peers() -> str:
     return markdown(header, rows) + f"\n\n{source(r)}."
 
 
-TABLES: dict[str, Callable[[], str]] = {"glue": glue, "peers": peers}
+def steps() -> str:
+    """`bench_steps`: subspaces beside full fine-tuning, many tasks beside one."""
+    r = read("bench_steps", "two_core_cpu")
+    config = r["config"]
+    rows = [
+        [
+            name,
+            f"{x['ms']:.0f}",
+            f"{x['ratio']:.2f}",
+            f"{x['mib']:,.0f}",
+            f"{x['memory_ratio']:.2f}",
+        ]
+        for name, x in r["training"].items()
+    ]
+    first = next(iter(r["training"]))
+    header = ["training step", "ms", f"time over {first}'s", "MiB", f"memory over {first}'s"]
+    mixed = [
+        [name, f"{x['single_ms']:.0f}", f"{x['mixed_ms']:.0f}", f"{x['ratio']:.2f}"]
+        for name, x in r["many_tasks"].items()
+    ]
+    tasks = f"{config['tasks']} tasks in the batch"
+    second = ["forward pass", "one task, ms", f"{tasks}, ms", "throughput ratio"]
+    shape = f"batch {config['batch']} x {config['length']}"
+    return f"{markdown(header, rows)}\n\n{markdown(second, mixed)}\n\n{shape}; {source(r)}."
+
+
+TABLES: dict[str, Callable[[], str]] = {"glue": glue, "peers": peers, "steps": steps}
 
 
 def filled(text: str) -> str:
