@@ -81,25 +81,27 @@ def table(rows: dict[str, dict[str, Any]], seeds: int) -> Table:
 def draw(
     config: Config, result: dict[str, Any], rows: dict[str, dict[str, Any]], console: Console
 ) -> None:
-    """Score against trained parameters."""
-    with figure(config.out, "compare_methods", source_line(result), console) as axes:
+    """Scores, best at the top, with each method's number of trained parameters."""
+    ordered = sorted(rows.items(), key=lambda item: item[1]["mean"])
+    size = (6.4, 1.2 + 0.26 * len(ordered))
+    with figure(config.out, "compare_methods", source_line(result), console, size) as axes:
         if axes is None:
             return
-        for i, (method, r) in enumerate(rows.items()):
-            axes.errorbar(
-                r["trained"], r["mean"], r["std"], fmt="o", capsize=2, color=COLOURS[i % 7]
-            )
-            axes.annotate(
-                method,
-                (r["trained"], r["mean"]),
-                xytext=(4, 4 if i % 2 else -9),
-                textcoords="offset points",
-                fontsize=7,
-            )
-        axes.set_xscale("log")
-        axes.set_xlabel("trained parameters (log scale)")
-        axes.set_ylabel(f"{config.task}, validation {next(iter(rows.values()))['metric']}")
-        axes.grid(alpha=0.3)
+        for y, (_, r) in enumerate(ordered):
+            axes.errorbar(r["mean"], y, xerr=r["std"], fmt="o", capsize=3, color=COLOURS[0])
+        names = [f"{method}  ({short(r['trained'])})" for method, r in ordered]
+        axes.set_yticks(range(len(ordered)), names, fontsize=8)
+        axes.set_xlabel(f"{config.task}, validation {ordered[0][1]['metric']}")
+        axes.set_ylabel("method (trained parameters)")
+        axes.grid(alpha=0.3, axis="x")
+
+
+def short(count: int) -> str:
+    """A number of parameters in few letters: 22.6M, 74k, 768."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)
 
 
 if __name__ == "__main__":
