@@ -22,6 +22,19 @@ logger = logging.getLogger("jpeft")
 L = TypeVar("L")
 
 
+# Primitives that keep every element in its place: they act on what a leaf stands on.
+IN_PLACE = frozenset(
+    (
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "sharding_constraint",
+        "reduce_precision",
+        "pvary",
+    )
+)
+
+
 class LeafError(TypeError):
     """A rewritten leaf met an operation that it cannot take part in."""
 
@@ -121,9 +134,18 @@ class Leaf(abc.ABC):
         raise LeafError(f"{type(self).__name__} at '{self.path}' cannot be one of many tasks")
 
     def rule(self, call: Call, index: int) -> list[Any] | None:
-        """The results of `call`, whose operand `index` is this leaf; None without a rule."""
+        """The results of `call`, whose operand `index` is this leaf; None without a rule.
+
+        What keeps every element in its place (a cast among real types, a copy) acts on the base.
+        """
         method = getattr(self, f"rule_{call.name}", None)
-        return None if method is None else method(call, index)
+        if method is not None:
+            return method(call, index)
+        to = call.params.get("new_dtype")
+        if call.name not in IN_PLACE or (to is not None and not jnp.issubdtype(to, jnp.floating)):
+            return None
+        (base,) = call.rebind(index, self.base)
+        return [dataclasses.replace(self, base=base)]  # type: ignore[type-var]
 
 
 class Weight(Leaf):

@@ -193,23 +193,6 @@ class LowRank(Weight):
 
     # -- the same weight, arranged otherwise ---------------------------------------------------
 
-    def _with_base(self, call: Call, index: int) -> list[Any]:
-        (base,) = call.rebind(index, self.base)
-        return [dataclasses.replace(self, base=base)]
-
-    # What keeps every element in its place acts on the base; the factors follow its type in use.
-    def rule_convert_element_type(self, call: Call, index: int) -> list[Any] | None:
-        """A cast among real types; to integers there is no low-rank form."""
-        if not jnp.issubdtype(call.params["new_dtype"], jnp.floating):
-            return None
-        return self._with_base(call, index)
-
-    rule_copy = _with_base
-    rule_copy_p = _with_base
-    rule_sharding_constraint = _with_base
-    rule_reduce_precision = _with_base
-    rule_pvary = _with_base
-
     def rule_transpose(self, call: Call, index: int) -> list[Any]:
         """The transposed weight is a low-rank weight with its axes renamed."""
         order = call.params["permutation"]

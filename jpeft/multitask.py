@@ -12,29 +12,21 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
-from jpeft.leaf import Call, Leaf, LeafError, Site, Weight, dense, register, static
+from jpeft.leaf import IN_PLACE, Call, Leaf, LeafError, Site, Weight, dense, register, static
 from jpeft.paths import TargetError, flatten, replace
 
 T = TypeVar("T")
 _FIXED = -1  # an array that all tasks share: a base's, a PRNG key
 
-_ARRANGED = frozenset(
-    (
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "sharding_constraint",
-        "reduce_precision",
-        "pvary",
-        "transpose",
-        "reshape",
-        "squeeze",
-        "expand_dims",
-        "broadcast_in_dim",
-        "slice",
-        "dynamic_slice",
-    )
-)
+_ARRANGED = IN_PLACE | {
+    "transpose",
+    "reshape",
+    "squeeze",
+    "expand_dims",
+    "broadcast_in_dim",
+    "slice",
+    "dynamic_slice",
+}
 
 
 def stack(states: Sequence[T]) -> T:

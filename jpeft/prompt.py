@@ -86,17 +86,6 @@ class PromptTable(Site):
         contract, _ = call.params["dimension_numbers"]
         return call.rebind(index, self.base) if self.rows not in contract[index] else None
 
-    def _with_base(self, call: Call, index: int) -> list[Any]:
-        (base,) = call.rebind(index, self.base)
-        return [dataclasses.replace(self, base=base)]
-
-    rule_convert_element_type = _with_base
-    rule_copy = _with_base
-    rule_copy_p = _with_base
-    rule_sharding_constraint = _with_base
-    rule_reduce_precision = _with_base
-    rule_pvary = _with_base
-
     def rule_transpose(self, call: Call, index: int) -> list[Any]:
         """Rows and width change places."""
         (base,) = call.rebind(index, self.base)

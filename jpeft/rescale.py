@@ -99,22 +99,6 @@ class Scaled(Weight):
         (y,) = call.rebind(1, self.base)
         return [y * self._on([out], [d.out_spec[1]], y)]
 
-    def _with_base(self, call: Call, index: int) -> list[Any]:
-        (base,) = call.rebind(index, self.base)
-        return [dataclasses.replace(self, base=base)]
-
-    def rule_convert_element_type(self, call: Call, index: int) -> list[Any] | None:
-        """A cast among real types; to integers there is no low-rank form."""
-        if not jnp.issubdtype(call.params["new_dtype"], jnp.floating):
-            return None
-        return self._with_base(call, index)
-
-    rule_copy = _with_base
-    rule_copy_p = _with_base
-    rule_sharding_constraint = _with_base
-    rule_reduce_precision = _with_base
-    rule_pvary = _with_base
-
     def rule_transpose(self, call: Call, index: int) -> list[Any]:
         """The transposed weight has the transposed gain."""
         (base,) = call.rebind(index, self.base)

@@ -116,17 +116,6 @@ class Placed(Site):
 
     # -- the same parameter, arranged otherwise ------------------------------------------------
 
-    def _with_base(self, call: Call, index: int) -> list[Any]:
-        (base,) = call.rebind(index, self.base)
-        return [self._with(base, lambda x: x)]
-
-    rule_convert_element_type = _with_base
-    rule_copy = _with_base
-    rule_copy_p = _with_base
-    rule_sharding_constraint = _with_base
-    rule_reduce_precision = _with_base
-    rule_pvary = _with_base
-
     def rule_transpose(self, call: Call, index: int) -> list[Any]:
         """The axes change places."""
         order = list(call.params["permutation"])

@@ -15,9 +15,6 @@ from jpeft.leaf import Call, Weight, dense, is_leaf, register, static
 from jpeft.paths import path_string
 from jpeft.rewrite import lift
 
-# Primitives that keep every element, in the same place.
-_SAME = ("convert_element_type", "copy", "copy_p", "sharding_constraint", "reduce_precision")
-
 
 @dataclasses.dataclass(frozen=True)
 class Use:
@@ -158,9 +155,6 @@ class Probe(Weight):
         structural = super().rule(call, index)
         if structural is not None:
             return structural
-        if call.name in _SAME:
-            (base,) = call.rebind(index, self.base)
-            return [dataclasses.replace(self, base=base)]
         p = call.params
         if call.name == "dot_general":
             contract, batch = p["dimension_numbers"]

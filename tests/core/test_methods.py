@@ -127,7 +127,7 @@ def cases():
             yield pytest.param(name, model, marks=group, id=f"{name}-{model}")
 
 
-def close(a, b, tolerance=1e-5):
+def check_close(a, b, tolerance=1e-5):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance)
 
@@ -143,7 +143,7 @@ def test_starts_at_the_model_and_a_trained_state_moves_it(name, model):
     state = method.transform.init(jax.random.key(0), model.params, uses=model.uses)
     start = run(state, model.params, ids)
     if np.isfinite(method.start):
-        close(start, before, method.start)
+        check_close(start, before, method.start)
     moved = run(trained(method, model), model.params, ids)
     assert bool(jnp.isfinite(moved).all())
     assert float(jnp.abs(moved - start).max()) > 0.02
@@ -160,7 +160,9 @@ def test_merged_equals_unmerged_or_is_refused(name, model):
         return
     merged = jpeft.merge(rewritten)
     assert jax.tree.structure(merged) == jax.tree.structure(model.params)
-    close(runner(name, model)(state, model.params, zoo.IDS), model.apply(merged, zoo.IDS), 1e-4)
+    check_close(
+        runner(name, model)(state, model.params, zoo.IDS), model.apply(merged, zoo.IDS), 1e-4
+    )
 
 
 @each
@@ -179,7 +181,7 @@ def test_its_own_arrays_get_gradients_and_only_they_move(name, model):
             jax.grad(lambda s, p: loss(s, p, lambda q, x: model.apply(jpeft.merge(q), x)))
         )
         scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
-        close(
+        check_close(
             *(jax.tree.map(lambda g: g / scale, g) for g in (grads, dense(state, model.params))),
             1e-4,
         )
@@ -259,9 +261,9 @@ def test_inside_every_transformation(name, model):
         return [jpeft.lift(f(model.apply))(rewritten, ids) for f in (in_scan, *ALIKE)]
 
     total, *alike = inside(state, model.params, ids)
-    close(total, plain.sum(0)[None], 1e-4)
+    check_close(total, plain.sum(0)[None], 1e-4)
     for out in alike:
-        close(out, plain, 1e-4)
+        check_close(out, plain, 1e-4)
 
 
 ALIKE = (in_jit, in_remat, in_vmap)
@@ -278,16 +280,16 @@ def test_outside_every_transformation(name, model):
         return forward(method.transform.rewrite(model.params, state), ids)
 
     plain = runner(name, model)(state, model.params, ids)
-    close(run(state, ids), plain, 1e-4)  # op by op
+    check_close(run(state, ids), plain, 1e-4)  # op by op
     grad = jax.jit(jax.grad(lambda s: run(s, ids).sum()))(state)
     again = jax.jit(jax.grad(lambda s: jax.checkpoint(run)(s, ids).sum()))(state)
-    close(grad, again, 1e-3)
+    check_close(grad, again, 1e-3)
     # Many states at once, one example each.
     states = jax.tree.map(lambda x: jnp.stack([x, 1.5 * x]), state)
     two = jax.jit(jax.vmap(lambda s, row: run(s, row[None])[0]))(states, ids[:2])
-    close(two[0], plain[0], 1e-4)
+    check_close(two[0], plain[0], 1e-4)
     other = jax.tree.map(lambda x: 1.5 * x, state)
-    close(two[1], run(other, ids[1:2])[0], 1e-4)
+    check_close(two[1], run(other, ids[1:2])[0], 1e-4)
 
 
 @each
@@ -303,7 +305,7 @@ def test_many_tasks_in_one_batch(name, model):
     mixed = jax.jit(run)(jpeft.stack(states), task)
     alone = [runner(name, model)(s, model.params, ids) for s in states]
     assert float(jnp.abs(alone[0] - alone[1]).max()) > 0.02
-    close(mixed, jnp.stack([alone[t][i] for i, t in enumerate(task)]), 1e-4)
+    check_close(mixed, jnp.stack([alone[t][i] for i, t in enumerate(task)]), 1e-4)
     # Gradients reach the tasks that are in the batch.
     grads = jax.jit(jax.grad(lambda s: run(s, jnp.array([1, 1, -1])).sum()))(jpeft.stack(states))
     for g in jax.tree.leaves(grads):
@@ -313,7 +315,7 @@ def test_many_tasks_in_one_batch(name, model):
     batch = {"input_ids": zoo.IDS, "attention_mask": jnp.ones_like(zoo.IDS)}
     if not method.virtual:
         none = jax.jit(run)(jpeft.stack(states), jnp.array([0, -1, 1]))
-        close(none[1], model.apply(model.params, zoo.IDS)[1], 1e-5)
+        check_close(none[1], model.apply(model.params, zoo.IDS)[1], 1e-5)
     else:
         room = jpeft.virtual_tokens(batch, length=2, task=jnp.array([0, -1, 1]))
         np.testing.assert_array_equal(room["input_ids"][1, :5], zoo.IDS[1])
