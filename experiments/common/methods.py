@@ -103,12 +103,12 @@ RECIPES: Mapping[Method, Recipe] = {
     "prompt": Recipe(_with_head(_prompt), 3e-2, 0.0, lambda s: s.prompt),
     "prefix": Recipe(
         _with_head(lambda s: jpeft.PrefixTuning(s.prompt, KEYS_AND_VALUES + "bias$", after=1)),
-        1e-2,
+        5e-2,
         0.0,
         lambda s: s.prompt,
     ),
-    "subspace": Recipe(lambda s: jpeft.Subspace(s.dimensions), 3e-2, 0.0),
-    "said": Recipe(lambda s: jpeft.Subspace(s.dimensions, scales="layer"), 3e-2, 0.0),
+    "subspace": Recipe(lambda s: jpeft.Subspace(s.dimensions), 1e-1, 0.0),
+    "said": Recipe(lambda s: jpeft.Subspace(s.dimensions, scales="layer"), 1e-1, 0.0),
     "ia3": Recipe(
         _with_head(lambda s: jpeft.IA3(KEYS_AND_VALUES + "kernel$", LAST_PROJECTION + "kernel$")),
         1e-2,
