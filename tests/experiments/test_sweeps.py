@@ -1,6 +1,7 @@
 """The experiments of many runs, on a tiny model and a tiny task."""
 
 import dataclasses
+import importlib.util
 import io
 import json
 
@@ -60,7 +61,6 @@ def has_plot(options, name):
 
 
 def test_every_method_trains_and_is_compared(made):
-    pytest.importorskip("matplotlib")
     result, said = run(compare_methods, made)
     assert set(result["rows"]) == set(METHODS)
     for method, row in result["rows"].items():
@@ -71,7 +71,10 @@ def test_every_method_trains_and_is_compared(made):
     trained = {m: r["trained"] for m, r in result["rows"].items()}
     assert trained["head"] < trained["lora"] < trained["full"]
     assert trained["said"] == trained["subspace"] == 40
-    assert has_plot(made, "compare_methods")
+    if importlib.util.find_spec("matplotlib"):
+        assert has_plot(made, "compare_methods")
+    else:
+        assert "no plot: it needs the extra" in said
     on_disk = json.loads((made["out"] / "result.json").read_text())
     assert on_disk["rows"].keys() == result["rows"].keys()
     assert not list(made["out"].glob("runs/*/seed0/checkpoint"))
