@@ -79,6 +79,8 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
             f"{b['tasks']} prompts in one batch: outputs differ from each prompt alone by at most "
             f"{b['largest_difference']:.1e}; {b['throughput_ratio']:.2f} of a single prompt's speed"
         )
+    else:
+        console.print("prompts in one batch: not measured; it takes two starts trained in one go")
     draw(config, result, console)
     return result
 
