@@ -156,7 +156,7 @@ def _stepper(trainer: Any, batch: Any) -> Callable[[], Any]:
     held = list(trainer.init())
 
     def run() -> None:
-        held[0], held[1], loss = trainer.step(trainer.params, *held, batch, np.int32(0))
+        held[0], held[1], loss = trainer.step(trainer.params, *held, batch, trainer.key(0))
         float(loss)
 
     return run

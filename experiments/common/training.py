@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 import jpeft
 from experiments.common.pipeline import Batch, Batches, Shapes, in_order
@@ -114,9 +114,11 @@ class Trainer:
         state = self.transform.init(jax.random.key(self.seed), self.params, uses=uses)
         return state, self.schedule.optimiser().init(state)
 
-    def _step(self, params: Any, state: Any, moments: Any, batch: Any, step: Any) -> Any:
-        key = jax.random.fold_in(jax.random.key(self.seed), step)
+    def key(self, step: int) -> PRNGKeyArray:
+        """The key of a step. The compiled step is given it: it is one program for all seeds."""
+        return jax.random.fold_in(jax.random.key(self.seed), step)
 
+    def _step(self, params: Any, state: Any, moments: Any, batch: Any, key: Any) -> Any:
         def loss(state: Any) -> Any:
             own, models = jax.random.split(key)
             rewritten = self.transform.rewrite(params, state, key=own)
@@ -140,7 +142,7 @@ class Trainer:
     def step_memory(self, batch: Batch) -> dict[str, float]:
         """MiB of one compiled training step on a batch: `arguments` and `temporaries`."""
         state, moments = self.init()
-        args = (self.params, state, moments, batch, np.int32(0))
+        args = (self.params, state, moments, batch, self.key(0))
         memory = self.step.lower(*args).compile().memory_analysis()  # type: ignore[attr-defined]
         return {
             "arguments": memory.argument_size_in_bytes / 2**20,
@@ -214,7 +216,7 @@ def train(
                 batch = next(iterator)
                 start = time.perf_counter()
                 state, moments, loss = trainer.step(  # type: ignore[attr-defined]
-                    trainer.params, state, moments, batch, np.int32(progress.step)
+                    trainer.params, state, moments, batch, trainer.key(progress.step)
                 )
                 value = float(loss)
                 _record(progress, batch, value, time.perf_counter() - start, compiled)
