@@ -10,8 +10,7 @@ import dataclasses
 import pathlib
 import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from experiments.common.command import command
 from experiments.common.methods import RECIPES, Method, Sizes, make_room
 from experiments.common.models import cpu_layout, fetch_model
 from experiments.common.report import describe_machine, versions, write_json
+from experiments.common.timing import ratio, timed_steps, turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,53 +113,10 @@ def batch_of(config: Config) -> dict[str, np.ndarray]:
     }
 
 
-def turns(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each, in turn; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if round_:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def ratio(a: list[float], b: list[float]) -> float:
-    """The median of `a / b` within rounds."""
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
-
-
 def training(config: Config, console: Console) -> dict[str, Any]:
     """Training steps of every method."""
-    batch = batch_of(config)
-    runs: dict[str, Callable[[], Any]] = {}
-    memory: dict[str, float] = {}
-    for method in config.training:
-        trainer = trainer_of(config, method, console)
-        memory[method] = sum(trainer.step_memory(batch).values())
-        runs[method] = _stepper(trainer, batch)
-    times = turns(runs, config.rounds)
-    first = config.training[0]
-    return {
-        name: {
-            "ms": statistics.median(times[name]),
-            "ratio": ratio(times[name], times[first]),
-            "mib": memory[name],
-            "memory_ratio": memory[name] / memory[first],
-        }
-        for name in config.training
-    }
-
-
-def _stepper(trainer: Any, batch: Any) -> Callable[[], Any]:
-    held = list(trainer.init())
-
-    def run() -> None:
-        held[0], held[1], loss = trainer.step(trainer.params, *held, batch, trainer.key(0))
-        float(loss)
-
-    return run
+    trainers = {method: trainer_of(config, method, console) for method in config.training}
+    return timed_steps(trainers, batch_of(config), config.rounds)
 
 
 def many_tasks(config: Config, console: Console) -> dict[str, Any]:

@@ -187,6 +187,20 @@ def build(config: Config, directory: pathlib.Path, outputs: int, seed: int) -> A
     return model
 
 
+def trainer_of(config: Config, model: Any, prepared: Prepared, seed: int, steps: int) -> Trainer:
+    """The compiled trainer of a configuration, for so many steps."""
+    from experiments.common.training import Trainer
+
+    apply, params = jpeft.functional(model)
+    room = functools.partial(
+        make_room,
+        length=RECIPES[config.method].room(config.sizes),
+        first=prepared.vocabulary if config.method == "prompt" else prepared.pad,
+    )
+    transform, schedule = config.method_transform(), config.schedule(steps)
+    return Trainer(apply, params, transform, schedule, seed, config.dropout, room)
+
+
 def run_seed(
     config: Config,
     directory: pathlib.Path,
@@ -200,24 +214,17 @@ def run_seed(
     **Arguments:** `more`, what else to write into the result, from the trainer and the state.
     """
     from experiments.common.head import frozen_head
-    from experiments.common.training import Trainer, train
+    from experiments.common.training import train
 
     task = prepared.data.task
     model = build(config, directory, max(1, len(task.labels)), seed)
-    apply, params = jpeft.functional(model)
-    transform = config.method_transform()
+    batches = Batches(prepared.train, prepared.train_shapes, prepared.pad, seed)
+    steps = config.max_steps or config.epochs * batches.per_epoch
+    trainer = trainer_of(config, model, prepared, seed, steps)
+    apply, params, transform = trainer.apply, trainer.params, trainer.transform
     if seed == 0:
         uses = _uses(apply, params)
         console.print(str(jpeft.summary(transform, params, uses=uses)), highlight=False)
-    batches = Batches(prepared.train, prepared.train_shapes, prepared.pad, seed)
-    steps = config.max_steps or config.epochs * batches.per_epoch
-    room = functools.partial(
-        make_room,
-        length=RECIPES[config.method].room(config.sizes),
-        first=prepared.vocabulary if config.method == "prompt" else prepared.pad,
-    )
-    schedule = config.schedule(steps)
-    trainer = Trainer(apply, params, transform, schedule, seed, config.dropout, room)
     folder = None if config.out is None else config.out / f"seed{seed}"
     start = time.perf_counter()
     with (
