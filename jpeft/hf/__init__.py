@@ -1,7 +1,8 @@
 """Hugging Face files: checkpoints and adapters."""
 
-from jpeft.hf.checkpoints import LoadReport as LoadReport
 from jpeft.hf.checkpoints import load_bert as load_bert
 from jpeft.hf.checkpoints import load_sequence_classifier as load_sequence_classifier
 from jpeft.hf.checkpoints import save_sequence_classifier as save_sequence_classifier
 from jpeft.hf.files import CheckpointError as CheckpointError
+from jpeft.hf.names import Family as Family
+from jpeft.hf.params import LoadReport as LoadReport

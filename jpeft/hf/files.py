@@ -1,10 +1,12 @@
-"""Reading a directory of safetensors: one file, or several with an index."""
+"""Directories of safetensors, read and written: one file, or several with an index."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes as _  # noqa: F401  # gives numpy bfloat16, in which many checkpoints are
@@ -87,6 +89,10 @@ class Tensors:
         """A tensor's shape, read from the header."""
         return tuple(open_tensors(self._where[name]).get_slice(name).get_shape())
 
+    def kind(self, name: str) -> str:
+        """A tensor's type as the header has it: `F32`, `BF16`, `I64` and so on."""
+        return open_tensors(self._where[name]).get_slice(name).get_dtype()
+
     def read(self, name: str) -> np.ndarray:
         """A tensor, in the file's type."""
         try:
@@ -95,19 +101,68 @@ class Tensors:
             raise CheckpointError(f"{self._where[name]}: cannot read '{name}': {e}") from e
 
 
-def write(
-    directory: pathlib.Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-) -> None:
-    """`config.json` and `model.safetensors`, each appearing whole, by rename.
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """A tensor to write: `nbytes`, and what reads it when its turn comes."""
 
-    **Raises:** `OSError` (a full disk, no permission); then neither file is touched.
+    nbytes: int
+    read: Callable[[], np.ndarray]
+
+
+def write(
+    directory: pathlib.Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Lazy],
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """`config.json` and `model.safetensors`, or several files of at most `shard_bytes` with their
+    index; each appears whole, by rename, and one file's tensors are in memory at a time.
+
+    **Raises:** `OSError` (a full disk, no permission); then no file is touched.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    arrays = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
-    text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
-    atomically(
-        {
-            directory / SINGLE: lambda p: save_file(arrays, p, metadata={"format": "pt"}),
-            directory / "config.json": lambda p: p.write_text(text, encoding="utf-8"),
-        }
+    shards = _shards(tensors, shard_bytes)
+    count = len(shards)
+    names = (
+        [SINGLE]
+        if count == 1
+        else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     )
+    files = {
+        directory / name: functools.partial(_save, {t: tensors[t] for t in shard})
+        for name, shard in zip(names, shards, strict=True)
+    }
+    texts: dict[str, Any] = {"config.json": dict(config)}
+    if count > 1:
+        where = {t: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        total = sum(t.nbytes for t in tensors.values())
+        texts[INDEX] = {"metadata": {"total_size": total}, "weight_map": where}
+    for name, value in texts.items():
+        text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+        files[directory / name] = functools.partial(_save_text, text)
+    atomically(files)
+    # Of an earlier model in this folder, what a reader would take for a part of this one.
+    for old in {SINGLE, INDEX, *(p.name for p in directory.glob("model-*-of-*.safetensors"))}:
+        if directory / old not in files:
+            (directory / old).unlink(missing_ok=True)
+
+
+def _shards(tensors: Mapping[str, Lazy], most: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def _save(tensors: Mapping[str, Lazy], path: pathlib.Path) -> None:
+    arrays = {name: np.ascontiguousarray(t.read()) for name, t in tensors.items()}
+    save_file(arrays, path, metadata={"format": "pt"})
+
+
+def _save_text(text: str, path: pathlib.Path) -> None:
+    path.write_text(text, encoding="utf-8")

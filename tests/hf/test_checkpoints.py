@@ -133,7 +133,10 @@ DAMAGE = {
     "truncated": (truncated, r"model.safetensors .* is no complete safetensors file"),
     "garbage": (garbage, "is no complete safetensors file"),
     "empty": (empty, "is no complete safetensors file"),
-    "a tensor missing": (without(QUERY), r"missing: the tensor of .*query/kernel, layer 1"),
+    "a tensor missing": (
+        without(QUERY),
+        r"missing: bert\.encoder\.layer\.1\.attention\.self\.query\.weight",
+    ),
     "a tensor too many": (added, r"unexpected: bert\.encoder\.extra\.weight"),
     "a shard missing": (lost_shard, "names model-00002-of-00002.safetensors, which is absent"),
     "an index that escapes": (escaping, "points outside its directory"),
