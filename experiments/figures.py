@@ -120,7 +120,31 @@ def steps() -> str:
     return f"{markdown(header, rows)}\n\n{markdown(second, mixed)}\n\n{shape}; {source(r)}."
 
 
-TABLES: dict[str, Callable[[], str]] = {"glue": glue, "peers": peers, "steps": steps}
+def methods() -> str:
+    """`compare_methods`: every method on one task."""
+    r = read("compare_methods", "sst2")
+    config = r["config"]
+    rows = [
+        [
+            method,
+            score(row),
+            f"{row['trained']:,}",
+            f"{row['step_ms']:.0f}",
+            f"{row['memory_mib']:,.0f}",
+        ]
+        for method, row in sorted(r["rows"].items(), key=lambda item: -item[1]["mean"])
+    ]
+    header = ["method", "accuracy", "trained parameters", "ms a step", "MiB a step"]
+    about = f"{config['seeds']} seeds, {config['epochs']} epochs"
+    return f"{markdown(header, rows)}\n\n{about}; {source(r)}."
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "glue": glue,
+    "peers": peers,
+    "steps": steps,
+    "methods": methods,
+}
 
 
 def filled(text: str) -> str:

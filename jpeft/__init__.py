@@ -6,6 +6,7 @@ from jpeft.adapter import Bottleneck as Bottleneck
 from jpeft.adapter import houlsby as houlsby
 from jpeft.adapter import parallel_adapter as parallel_adapter
 from jpeft.adapter import pfeiffer as pfeiffer
+from jpeft.beam import beam_search as beam_search
 from jpeft.config import ConfigError as ConfigError
 from jpeft.dylora import DyLoRA as DyLoRA
 from jpeft.files import load as load
@@ -16,6 +17,11 @@ from jpeft.functional import Functional as Functional
 from jpeft.functional import Stateful as Stateful
 from jpeft.functional import functional as functional
 from jpeft.functional import stateful as stateful
+from jpeft.generation import Generated as Generated
+from jpeft.generation import Sampling as Sampling
+from jpeft.generation import generate as generate
+from jpeft.generation import left_padded as left_padded
+from jpeft.generation import stream as stream
 from jpeft.ia3 import IA3 as IA3
 from jpeft.ia3 import Scales as Scales
 from jpeft.ia3 import bitfit as bitfit
@@ -32,6 +38,7 @@ from jpeft.paths import TargetError as TargetError
 from jpeft.prefix import Prefix as Prefix
 from jpeft.prefix import PrefixTuning as PrefixTuning
 from jpeft.prompt import PromptTuning as PromptTuning
+from jpeft.prompt import room as room
 from jpeft.prompt import virtual_tokens as virtual_tokens
 from jpeft.rewrite import lift as lift
 from jpeft.rewrite import merge as merge

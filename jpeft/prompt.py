@@ -16,7 +16,7 @@ from jpeft.kernels import fold
 from jpeft.leaf import Call, Leaf, Site, dense, register, static
 from jpeft.paths import TargetError, flatten, match, replace
 from jpeft.prefix import PrefixTuning
-from jpeft.transform import Nothing, Params, Trainable, Transform
+from jpeft.transform import Nothing, Params, Trainable, Transform, chained
 from jpeft.uses import Uses
 
 Start = Literal["vocabulary", "uniform", "labels", "text"]
@@ -200,6 +200,15 @@ class PromptTuning(Transform):
         labels = self.tokens[:n] if self.init_from == "labels" else ()
         means = [jnp.mean(table[jnp.asarray(ids)].astype(jnp.float32), axis=0) for ids in labels]
         return start.at[: len(means)].set(jnp.stack(means)) if means else start
+
+
+def room(transform: Transform) -> int:
+    """How many virtual tokens before the input a transform's prompts and prefixes take: the
+    `length` of `virtual_tokens`, 0 where it has none.
+    """
+    inside = chained(transform)
+    prompts = sum(t.length for t in inside if isinstance(t, PromptTuning))
+    return max([prompts, *(t.after + t.length for t in inside if isinstance(t, PrefixTuning))])
 
 
 def virtual_tokens(

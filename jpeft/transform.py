@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -145,7 +145,7 @@ class Chain(Transform):
     transforms: tuple[Transform, ...]
 
     def __post_init__(self) -> None:
-        inside = list(_inside(self))
+        inside = chained(self)
         for i, a in enumerate(inside):
             for b in inside[i + 1 :]:
                 reason = a.clash(b) or b.clash(a)
@@ -202,9 +202,11 @@ class Nothing(Transform):
         return params
 
 
-def _inside(chain: Chain) -> Iterator[Transform]:
-    for t in chain.transforms:
-        yield from _inside(t) if isinstance(t, Chain) else (t,)
+def chained(transform: Transform) -> list[Transform]:
+    """The transforms of a chain and of the chains in it, in order; of another, itself alone."""
+    if not isinstance(transform, Chain):
+        return [transform]
+    return [inside for t in transform.transforms for inside in chained(t)]
 
 
 def chain(*transforms: Transform) -> Chain:

@@ -28,10 +28,11 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} is not a directory")
     if not path.is_file():
         raise CheckpointError(f"{directory} has no config.json: it is not a model's directory")
-    return _read_json(path)
+    return read_json(path)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file. **Raises:** `CheckpointError`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -50,9 +51,10 @@ class Tensors:
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
+        self.files = self._files()
         self._where = {
             name: path
-            for path in self._files()
+            for path in self.files
             for name in open_tensors(path).keys()  # noqa: SIM118
         }
 
@@ -69,7 +71,7 @@ class Tensors:
                     "model.save_pretrained(directory, safe_serialization=True)"
                 )
             raise CheckpointError(f"{self.directory} has neither {SINGLE} nor {INDEX}")
-        shards = _read_json(index).get("weight_map")
+        shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise CheckpointError(f"{index} has no weight_map")
         paths: list[pathlib.Path] = []

@@ -1,0 +1,140 @@
+"""Any model of this package from a Hugging Face directory, and back: one table of families."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+
+from jpeft.functional import functional
+from jpeft.hf.checkpoints import load_module
+from jpeft.hf.files import CheckpointError, read_config, read_json, write
+from jpeft.hf.names import Family
+from jpeft.hf.params import LoadReport, lazy_tensors
+from jpeft.models.gpt2 import Gpt2
+from jpeft.models.gpt2_config import Gpt2Config
+from jpeft.models.llama import Llama
+from jpeft.models.llama_config import LlamaConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A model of ours for a `model_type`: its configuration, its class, its names in files."""
+
+    config: Any
+    model: Any
+    family: Family
+
+
+LLAMA = Family(
+    stacks=("model/layers",),
+    prefix="model.",
+    ignored=r"rotary_emb\.inv_freq$|^lm_head\.weight$",
+)
+GPT2 = Family(
+    stacks=("transformer/h",),
+    prefix="transformer.",
+    conv1d=r"/h/",
+    ignored=r"\.attn\.(bias|masked_bias)$|^lm_head\.weight$",
+)
+KINDS: dict[str, Kind] = {
+    "gpt2": Kind(Gpt2Config, Gpt2, GPT2),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"),
+        Kind(LlamaConfig, Llama, LLAMA),
+    ),
+}
+
+
+def load_model(
+    directory: str | pathlib.Path,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    remat: Any = False,
+    unroll: int = 1,
+    sharding: Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding] | None = None,
+    key: PRNGKeyArray | None = None,
+) -> tuple[Any, LoadReport]:
+    """The language model in a directory, by its `config.json`'s `model_type`.
+
+    **Arguments:** `dtype`, what it computes in; `param_dtype`, what its parameters are cast to
+    while they are read, `dtype` where left out; `sharding`, each parameter's from its path and
+    shape; `key`, for what the file lacks and may lack.
+
+    **Raises:** `CheckpointError` for an unknown `model_type` or option, and with every missing,
+    unexpected, misshapen and mistyped tensor.
+    """
+    directory = pathlib.Path(directory)
+    kind, config = read_kind(directory)
+    param_dtype = dtype if param_dtype is None else param_dtype
+
+    def build(rngs: nnx.Rngs) -> Any:
+        return kind.model(
+            config, rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll
+        )
+
+    key = jax.random.key(0) if key is None else key
+    return load_module(directory, build, key, kind.family, sharding)
+
+
+def read_kind(directory: pathlib.Path) -> tuple[Kind, Any]:
+    """A directory's entry of `KINDS`, and its configuration. **Raises:** `CheckpointError`."""
+    raw = read_config(directory)
+    name = raw.get("model_type")
+    if name not in KINDS:
+        raise CheckpointError(
+            f"{directory} holds a model of type '{name}': there are {', '.join(KINDS)}, and with a "
+            "classifier bert and roberta (load_sequence_classifier)"
+        )
+    try:
+        return KINDS[name], KINDS[name].config.from_hf(raw)
+    except (ValueError, TypeError, KeyError) as e:
+        raise CheckpointError(f"{directory / 'config.json'}: {e}") from e
+
+
+def save_model(
+    model: Any,
+    directory: str | pathlib.Path,
+    params: Any = None,
+    *,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """A directory that transformers loads: `config.json` and safetensors.
+
+    **Arguments:** `params`, ordinary parameters to write in place of the model's own, such as
+    merged ones; `shard_bytes`, the most that one file holds.
+
+    **Raises:** `OSError` when it cannot be written, and then nothing is.
+    """
+    params = functional(model).params if params is None else params
+    config = model.config.to_hf()
+    family = KINDS[config["model_type"]].family
+    config["dtype"] = str(jax.tree.leaves(params)[0].dtype)
+    write(pathlib.Path(directory), config, lazy_tensors(params, family), shard_bytes)
+
+
+def stop_tokens(directory: str | pathlib.Path) -> tuple[int, ...]:
+    """The ids that end a text: `eos_token_id` of `generation_config.json`, or of `config.json`."""
+    for name in ("generation_config.json", "config.json"):
+        path = pathlib.Path(directory) / name
+        if path.is_file():
+            found = read_json(path).get("eos_token_id")
+            if found is not None:
+                return tuple(found) if isinstance(found, list) else (int(found),)
+    return ()
+
+
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+    """A model's tokenizer and generation settings, into another directory."""
+    for pattern in ("tokenizer*", "vocab*", "merges*", "special_tokens*", "generation_config.json"):
+        for path in source.glob(pattern):
+            if path.is_file() and path.resolve() != (target / path.name).resolve():
+                shutil.copyfile(path, target / path.name)

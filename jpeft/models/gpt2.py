@@ -1,0 +1,302 @@
+"""GPT-2, a causal language model.
+
+Radford et al. 2019. The layers are stacked along axis 0 of their parameters and scanned. Names in
+paths are Hugging Face's, `transformer/h/attn/c_attn/kernel`; the table of words is the output
+head too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jpeft.models import cache as caches
+from jpeft.models.cache import Cache, token_positions
+from jpeft.models.causal import causal_attention, may_read
+from jpeft.models.gpt2_config import Gpt2Config as Gpt2Config
+from jpeft.models.layers import ACTIVATIONS, dropout
+
+# The logical axes of every parameter, by a pattern of its path. The heads of `c_attn` are those of
+# query, key and value, one after the other.
+AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"wte/embedding$", ("vocab", "embed")),
+    (r"wpe/embedding$", ("positions", "embed")),
+    (r"attn/c_attn/kernel$", ("layers", "embed", "heads")),
+    (r"attn/c_attn/bias$", ("layers", "heads")),
+    (r"attn/c_proj/kernel$", ("layers", "heads", "embed")),
+    (r"mlp/c_fc/kernel$", ("layers", "embed", "mlp")),
+    (r"mlp/c_fc/bias$", ("layers", "mlp")),
+    (r"mlp/c_proj/kernel$", ("layers", "mlp", "embed")),
+    (r"c_proj/bias$", ("layers", "embed")),
+    (r"ln_[12]/(scale|bias)$", ("layers", "embed")),
+    (r"ln_f/(scale|bias)$", ("embed",)),
+)
+
+# A layer's keys and values in the cache, `(b, s, h, w)`, or None.
+Kept = tuple[Any, Any] | None
+
+
+class _Parts:
+    """How this model makes its layers: one place for types and initial values."""
+
+    def __init__(self, config: Gpt2Config, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        self.config, self.dtype, self.param_dtype, self.rngs = config, dtype, param_dtype, rngs
+
+    def linear(self, n_in: int, n_out: int, *, residual: bool = False) -> nnx.Linear:
+        # 2 n_layer projections add to the residual stream: section 2.3 of the paper.
+        shrink = math.sqrt(2 * self.config.n_layer) if residual else 1.0
+        return nnx.Linear(
+            n_in,
+            n_out,
+            kernel_init=nnx.initializers.normal(self.config.initializer_range / shrink),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )
+
+    def norm(self) -> nnx.LayerNorm:
+        return nnx.LayerNorm(
+            self.config.n_embd,
+            epsilon=self.config.layer_norm_epsilon,
+            # A few coordinates of GPT-2's are in the thousands: E[x^2] - E[x]^2 would lose digits.
+            use_fast_variance=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )
+
+    def embed(self, rows: int) -> nnx.Embed:
+        return nnx.Embed(
+            rows,
+            self.config.n_embd,
+            embedding_init=nnx.initializers.normal(self.config.initializer_range),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )
+
+
+def _dropped_attention(
+    query: Float[Array, "b t h w"],
+    key: Float[Array, "b s h w"],
+    value: Float[Array, "b s h w"],
+    keep: Bool[Array, "b t s"],
+    scale: float,
+    rate: float,
+    rng: PRNGKeyArray,
+) -> Float[Array, "b t h w"]:
+    """`causal_attention` with dropout on its probabilities."""
+    scores = jnp.einsum("bthw,bshw->bhts", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(keep[:, None], scores * scale, jnp.finfo(jnp.float32).min)
+    weights = dropout(jax.nn.softmax(scores, axis=-1), rate, rng).astype(value.dtype)
+    return jnp.einsum("bhts,bshw->bthw", weights, value)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention; one kernel makes query, key and value."""
+
+    def __init__(self, parts: _Parts) -> None:
+        d = parts.config.n_embd
+        self.config = parts.config
+        self.c_attn = parts.linear(d, 3 * d)
+        self.c_proj = parts.linear(d, d, residual=True)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        keep: Bool[Array, "b t s"],
+        kept: Kept,
+        at: Any,
+        keys: tuple[PRNGKeyArray | None, ...],
+    ) -> tuple[Float[Array, "b t d"], Kept]:
+        """The attention's output, and the layer's part of the cache with the new tokens in it."""
+        c = self.config
+        query, key, value = (
+            part.reshape(*x.shape[:2], c.n_head, c.width)
+            for part in jnp.split(self.c_attn(x), 3, axis=-1)
+        )
+        if kept is not None:
+            kept = (caches.write(kept[0], key, at), caches.write(kept[1], value, at))
+            key, value = (stored.astype(query.dtype) for stored in kept)
+        scale = c.width**-0.5 if c.scale_attn_weights else 1.0
+        if keys[0] is None or c.attn_pdrop == 0:
+            mixed = causal_attention(query, key, value, keep, scale=scale)
+        else:
+            mixed = _dropped_attention(query, key, value, keep, scale, c.attn_pdrop, keys[0])
+        return dropout(self.c_proj(mixed.reshape(x.shape)), c.resid_pdrop, keys[1]), kept
+
+
+class Mlp(nnx.Module):
+    """The feed-forward block."""
+
+    def __init__(self, parts: _Parts) -> None:
+        c = parts.config
+        self.rate, self.act = c.resid_pdrop, ACTIVATIONS[c.activation_function]
+        self.c_fc = parts.linear(c.n_embd, c.inner)
+        self.c_proj = parts.linear(c.inner, c.n_embd, residual=True)
+
+    def __call__(self, x: Float[Array, "b t d"], key: PRNGKeyArray | None) -> Float[Array, "b t d"]:
+        """`dropout(act(x W + b) W' + b')`."""
+        return dropout(self.c_proj(self.act(self.c_fc(x))), self.rate, key)
+
+
+class Block(nnx.Module):
+    """One transformer layer, normalised before each of its two parts."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self.ln_1, self.attn = parts.norm(), Attention(parts)
+        self.ln_2, self.mlp = parts.norm(), Mlp(parts)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        keep: Bool[Array, "b t s"],
+        kept: Kept,
+        at: Any,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "b t d"], Kept]:
+        """The layer's output, and its part of the cache."""
+        keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
+        mixed, kept = self.attn(self.ln_1(x), keep, kept, at, keys[:2])
+        x = x + mixed
+        return x + self.mlp(self.ln_2(x), keys[2]), kept
+
+
+class Transformer(nnx.Module):
+    """The model without its head; every parameter of `h` has the layers along axis 0."""
+
+    def __init__(self, parts: _Parts, *, remat: bool, unroll: int) -> None:
+        c = parts.config
+        self.config, self.remat, self.unroll = c, remat, unroll
+        self.wte, self.wpe = parts.embed(c.vocab_size), parts.embed(c.n_positions)
+
+        @nnx.split_rngs(splits=c.n_layer)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs: nnx.Rngs) -> Block:
+            return Block(_Parts(c, parts.dtype, parts.param_dtype, rngs))
+
+        self.h = stacked(parts.rngs)
+        self.ln_f = parts.norm()
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+        keep: Bool[Array, "b t s"],
+        cache: Cache | None,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "b t d"], Kept]:
+        """The last hidden state, normalised, and all layers' keys and values."""
+        first, rest = (None, None) if key is None else jax.random.split(key)
+        # Padding has position -1, and nobody reads what stands there.
+        x = self.wte(input_ids) + self.wpe(jnp.maximum(positions, 0))
+        x = dropout(x, self.config.embd_pdrop, first)
+        graphdef, state = nnx.split(self.h)
+        keys = None if rest is None else jax.random.split(rest, self.config.n_layer)
+        kept = None if cache is None else (cache.keys, cache.values)
+        at = None if cache is None else cache.length
+
+        def step(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Kept]:
+            state, kept, key = layer
+            return nnx.merge(graphdef, state)(x, keep, kept, at, key)
+
+        body = jax.checkpoint(step) if self.remat else step
+        x, kept = jax.lax.scan(body, x, (state, kept, keys), unroll=self.unroll)
+        return self.ln_f(x), kept
+
+
+class Gpt2(nnx.Module):
+    """GPT-2 with its head.
+
+    **Arguments:** `config`; `dtype`, what it computes in; `param_dtype`, what its parameters are;
+    `remat`, forget each layer's activations and compute them again in the backward pass;
+    `unroll`, layers per step of the scan.
+    """
+
+    def __init__(
+        self,
+        config: Gpt2Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        remat: bool = False,
+        unroll: int = 1,
+    ) -> None:
+        self.config, self.dtype = config, dtype
+        parts = _Parts(config, dtype, param_dtype, rngs)
+        self.transformer = Transformer(parts, remat=remat, unroll=unroll)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b t"],
+        attention_mask: Int[Array, "b t"] | None = None,
+        *,
+        position_ids: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        cache: Cache | None = None,
+        key: PRNGKeyArray | None = None,
+        hidden: bool = False,
+    ) -> Any:
+        """The logits `(b, t, v)`, fp32; with a cache, `(logits, cache)`.
+
+        **Arguments:**
+
+        - `attention_mask`, 1 at tokens and 0 at padding, on either side; all ones when left out.
+        - `position_ids`, each token's position; left out, they count the tokens that are no
+          padding, after those in the cache.
+        - `segment_ids`, of rows with several texts in them: tokens read their own text alone. Each
+          text starts anew in `position_ids`.
+        - `cache`, what was read before: the tokens continue it.
+        - `key` switches dropout on.
+        - `hidden`, give the last hidden state `(b, t, d)`, which `head` reads, for the logits.
+
+        **Raises:** `ValueError` for an input longer than the table of positions or than the
+        cache's room, or for segments with a cache.
+        """
+        limit, t = self.config.n_positions, input_ids.shape[1]
+        if position_ids is None and t > limit:
+            raise ValueError(f"the input has {t} tokens, the model reads {limit}")
+        if attention_mask is None:
+            attention_mask = jnp.ones_like(input_ids)
+        if position_ids is None:
+            start = 0 if cache is None else 1 + jnp.max(cache.positions, axis=1, keepdims=True)
+            positions = token_positions(attention_mask, start)
+        else:
+            positions = jnp.where(attention_mask > 0, position_ids, -1)
+        if cache is None:
+            keep = may_read(
+                positions, positions, query_segments=segment_ids, key_segments=segment_ids
+            )
+            x, _ = self.transformer(input_ids, positions, keep, None, key)
+            return x if hidden else self.head(x)
+        if segment_ids is not None:
+            raise ValueError("a cache has one text a row: no segment_ids with it")
+        if t > cache.room:
+            raise ValueError(f"the input has {t} tokens, the cache room for {cache.room}")
+        known = caches.write(cache.positions, positions, cache.length)
+        x, kept = self.transformer(input_ids, positions, may_read(positions, known), cache, key)
+        assert kept is not None
+        cache = Cache(kept[0], kept[1], known, cache.length + t)
+        return x if hidden else self.head(x), cache
+
+    def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """The logits, fp32, of last hidden states: products with the table of words."""
+        table = self.transformer.wte.embedding[...].astype(self.dtype)
+        return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+
+    def empty_cache(self, batch: int, room: int, dtype: Any = None) -> Cache:
+        """A cache for `batch` rows of up to `room` tokens, padding among them.
+
+        **Raises:** `ValueError` for more room than there are positions.
+        """
+        c = self.config
+        if room > c.n_positions:
+            raise ValueError(f"room for {room} tokens, the model reads {c.n_positions}")
+        dtype = self.dtype if dtype is None else dtype
+        return caches.empty_cache(c.n_layer, batch, room, c.n_head, c.width, dtype)
