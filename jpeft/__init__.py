@@ -30,6 +30,7 @@ from jpeft.leaf import LeafError as LeafError
 from jpeft.leaf import Site as Site
 from jpeft.leaf import Weight as Weight
 from jpeft.leaf import is_leaf as is_leaf
+from jpeft.longlora import longlora as longlora
 from jpeft.lora import Factors as Factors
 from jpeft.lora import LoRA as LoRA
 from jpeft.multitask import stack as stack
