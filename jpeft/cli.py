@@ -1,0 +1,259 @@
+"""`python -m jpeft`: look into checkpoints and adapters, merge, convert and generate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jpeft._disk import CheckpointError, open_tensors
+
+Type = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """What is in a checkpoint or an adapter: options, tensors, sizes, and names to target."""
+
+    directory: tyro.conf.Positional[pathlib.Path]
+    """A Hugging Face directory (a model's or an adapter's), or a file of jpeft.save."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Write a model with an adapter merged into it, as a directory that transformers loads."""
+
+    model: pathlib.Path
+    """The base model's directory."""
+    adapter: pathlib.Path
+    """The adapter's directory."""
+    out: pathlib.Path
+    """The new directory."""
+    dtype: Type = "float32"
+    """The type of the written weights; the sum is made in it too."""
+    overwrite: bool = False
+    """Replace a model that stands in --out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Write an adapter in the other format: HF PEFT's, or a file of jpeft.save."""
+
+    model: pathlib.Path
+    """The base model's directory."""
+    adapter: pathlib.Path
+    """A directory in HF PEFT's layout, or a file of jpeft.save."""
+    out: pathlib.Path
+    """A directory, or for HF PEFT's a file to write."""
+    overwrite: bool = False
+    """Replace what stands at --out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Continue a prompt, printing each piece of text as it comes."""
+
+    model: pathlib.Path
+    """The model's directory, with its tokenizer.json."""
+    prompt: str
+    """The text to continue."""
+    adapter: pathlib.Path | None = None
+    """An adapter's directory."""
+    tokens: int = 128
+    """The most new tokens."""
+    temperature: float = 0.0
+    """0 takes the likeliest token always."""
+    top_k: int | None = None
+    """Draw among so many likeliest tokens."""
+    top_p: float | None = None
+    """Draw among the likeliest tokens whose probabilities reach this together."""
+    seed: int = 0
+    """Of the draws."""
+    dtype: Type = "float32"
+    """What the model computes in."""
+
+
+Command = (
+    Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command: 0, 2 for a user's error, 130 after Ctrl-C."""
+    config = tyro.cli(Command, args=arguments, prog="python -m jpeft", description=__doc__)
+    run = {Inspect: inspect, Merge: merge, Convert: convert, Generate: generate}[type(config)]
+    try:
+        run(config, Console())
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as e:
+        print(f"jpeft: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def inspect(config: Inspect, console: Console) -> None:
+    """Print what a path holds; headers alone are read."""
+    path = config.directory
+    if path.is_file():
+        file = open_tensors(path)
+        header = json.loads((file.metadata() or {}).get("jpeft", "{}"))
+        if "transform" in header:
+            console.print_json(json.dumps(header["transform"]))
+        files = [path]
+    elif (path / "adapter_config.json").is_file():
+        about = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        shown = {k: v for k, v in about.items() if v not in (None, [], {}, False)}
+        console.print_json(json.dumps(shown))
+        files = [path / "adapter_model.safetensors"]
+        if not files[0].is_file():
+            raise CheckpointError(f"{path} has no adapter_model.safetensors")
+    else:
+        from jpeft.hf.files import Tensors, read_config
+
+        about = read_config(path)
+        console.print(f"model_type {about.get('model_type')}", highlight=False)
+        files = Tensors(path).files
+    console.print(_tensor_table(files))
+
+
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+
+
+def _tensor_table(files: list[pathlib.Path]) -> Table:
+    """Tensors that differ in their layer's number alone are one row."""
+    rows: dict[tuple[str, tuple[int, ...], str], int] = {}
+    for path in files:
+        file = open_tensors(path)
+        for name in file.keys():  # noqa: SIM118
+            piece = file.get_slice(name)
+            key = (re.sub(r"\.\d+\.", ".*.", name), tuple(piece.get_shape()), piece.get_dtype())
+            rows[key] = rows.get(key, 0) + 1
+    table = Table()
+    for column in ("tensor", "count", "shape", "type", "parameters"):
+        table.add_column(column, justify="right" if column in ("count", "parameters") else "left")
+    total = size = 0
+    for (name, shape, kind), count in rows.items():
+        n = count
+        for s in shape:
+            n *= s
+        total, size = total + n, size + n * _BYTES.get(kind, 1)
+        table.add_row(escape(name), str(count), " x ".join(map(str, shape)), kind, f"{n:,}")
+    table.caption = f"{total:,} parameters, {size / 2**20:,.1f} MiB"
+    return table
+
+
+def merge(config: Merge, console: Console) -> None:
+    """Load, rewrite, merge, write."""
+    import jpeft
+    from jpeft.hf import load_adapter, load_model, save_model
+    from jpeft.hf.models import copy_tokenizer, read_kind
+
+    if (config.out / "config.json").exists() and not config.overwrite:
+        raise ValueError(f"{config.out} holds a model: pass --overwrite, or another --out")
+    kind, _ = read_kind(config.model)
+    model, _ = load_model(config.model, dtype=config.dtype)
+    apply, params = jpeft.functional(model)
+    transform, state = load_adapter(config.adapter, params, kind.family, uses=_uses(apply, params))
+    save_model(model, config.out, jpeft.merge(transform.rewrite(params, state)))
+    copy_tokenizer(config.model, config.out)
+    console.print(f"written to {config.out}", highlight=False)
+
+
+def convert(config: Convert, console: Console) -> None:
+    """Read one format, write the other."""
+    import jpeft
+    from jpeft.hf import load_adapter, load_model, save_adapter
+    from jpeft.hf.models import read_kind
+
+    if config.out.exists() and not config.overwrite:
+        raise ValueError(f"{config.out} stands already: pass --overwrite, or another --out")
+    kind, _ = read_kind(config.model)
+    model, _ = load_model(config.model)
+    apply, params = jpeft.functional(model)
+    uses = _uses(apply, params)
+    if config.adapter.is_dir():
+        transform, state = load_adapter(config.adapter, params, kind.family, uses=uses)
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        jpeft.save(config.out, state, transform)
+    else:
+        transform, state = jpeft.restore(config.adapter, params, uses=uses)
+        about: dict[str, Any] = {"base_model_name": str(config.model), "task_type": "CAUSAL_LM"}
+        save_adapter(config.out, transform, state, params, kind.family, **about)
+    console.print(f"written to {config.out}", highlight=False)
+
+
+def generate(config: Generate, console: Console) -> None:
+    """Stream a continuation."""
+    import jax
+    import jax.numpy as jnp
+    from tokenizers import Tokenizer
+
+    import jpeft
+    from jpeft.hf import load_adapter, load_model
+    from jpeft.hf.models import read_kind, stop_tokens
+
+    del console
+    vocabulary = config.model / "tokenizer.json"
+    if not vocabulary.is_file():
+        raise CheckpointError(f"{config.model} has no tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(vocabulary))
+    kind, _ = read_kind(config.model)
+    model, _ = load_model(config.model, dtype=config.dtype)
+    apply, params = jpeft.functional(model)
+    ids = jnp.asarray([tokenizer.encode(config.prompt).ids], jnp.int32)
+    if not ids.size:
+        raise ValueError("--prompt has no tokens")
+    batch = {"input_ids": ids, "attention_mask": jnp.ones_like(ids)}
+    tree = steps = params
+    if config.adapter is not None:
+        uses = _uses(apply, params)
+        transform, state = load_adapter(config.adapter, params, kind.family, uses=uses)
+        tree = transform.rewrite(params, state)
+        steps = transform.decoding().rewrite(params, state)
+        room = jpeft.room(transform)
+        if room:
+            first = model.config.vocab_size
+            batch = jpeft.virtual_tokens(batch, length=room, first=first)
+    sampling = jpeft.Sampling(config.temperature, config.top_k, config.top_p)
+    pieces = jpeft.stream(
+        apply,
+        tree,
+        batch["input_ids"],
+        batch["attention_mask"],
+        cache=model.empty_cache(1, batch["input_ids"].shape[1] + config.tokens),
+        new_tokens=config.tokens,
+        sampling=sampling,
+        stop=stop_tokens(config.model),
+        key=jax.random.key(config.seed),
+        decode_params=steps,
+    )
+    new: list[int] = []
+    told = ""
+    for piece in pieces:
+        new.append(int(piece[0]))
+        text = tokenizer.decode(new)
+        # A character of several tokens is not there before its last one.
+        if not text.endswith("\ufffd"):
+            print(text.removeprefix(told), end="", flush=True)
+            told = text
+    print()
+
+
+def _uses(apply: Any, params: Any) -> Any:
+    import jax.numpy as jnp
+
+    import jpeft
+
+    return jpeft.uses(apply, params, jnp.zeros((1, 4), jnp.int32))

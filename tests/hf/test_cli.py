@@ -1,0 +1,122 @@
+"""The command: look into, merge, convert and generate, and what it says of wrong input."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import jpeft
+from jpeft.cli import main
+from jpeft.hf import load_adapter, load_model, save_adapter, save_model
+from jpeft.hf.models import LLAMA
+from jpeft.models.llama import Llama, LlamaConfig
+
+IDS = jnp.array([[1, 5, 9, 3]])
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A tiny Llama's directory with a tokenizer of single letters."""
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    model = Llama(dataclasses.replace(config, initializer_range=0.4), rngs=nnx.Rngs(0))
+    save_model(model, tmp_path / "base")
+    letters = {c: i for i, c in enumerate("?abcdefghijklmnopqrstuvwxyz .,!ABCDEFGHI")}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """A trained LoRA's directory, and what it is made of."""
+    model, _ = load_model(base)
+    apply, params = jpeft.functional(model)
+    method = jpeft.LoRA(2, 8.0, r"(q|v)_proj/kernel$")
+    state = method.init(jax.random.key(0), params, uses=jpeft.uses(apply, params, IDS))
+    state = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(1), x.shape), state)
+    save_adapter(tmp_path / "adapter", method, state, params, LLAMA)
+    jpeft.save(tmp_path / "state.safetensors", state, method)
+    return tmp_path / "adapter", apply, params, method.rewrite(params, state)
+
+
+def test_inspect(base, adapter, tmp_path, capsys):
+    assert main(["inspect", str(base)]) == 0
+    said = capsys.readouterr().out
+    assert "model_type llama" in said
+    assert "model.layers.*" in said
+    assert main(["inspect", str(adapter[0])]) == 0
+    assert '"peft_type": "LORA"' in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "state.safetensors")]) == 0
+    assert '"type": "LoRA"' in capsys.readouterr().out
+
+
+def test_merge(base, adapter, tmp_path):
+    folder, apply, params, rewritten = adapter
+    out = tmp_path / "merged"
+    arguments = ["merge", "--model", str(base), "--adapter", str(folder), "--out", str(out)]
+    assert main(arguments) == 0
+    merged = load_model(out)[0](IDS)
+    np.testing.assert_allclose(merged, jpeft.lift(apply)(rewritten, IDS), atol=1e-4)
+    assert not np.allclose(merged, apply(params, IDS), atol=1e-2)
+    assert (out / "tokenizer.json").is_file()
+    assert main(arguments) == 2
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_convert_there_and_back(base, adapter, tmp_path):
+    folder, apply, params, rewritten = adapter
+    file, again = tmp_path / "there.safetensors", tmp_path / "again"
+    common = ["convert", "--model", str(base), "--adapter"]
+    assert main([*common, str(folder), "--out", str(file)]) == 0
+    assert main([*common, str(file), "--out", str(again)]) == 0
+    transform, state = load_adapter(again, params, LLAMA, uses=jpeft.uses(apply, params, IDS))
+    got = jpeft.lift(apply)(transform.rewrite(params, state), IDS)
+    np.testing.assert_allclose(got, jpeft.lift(apply)(rewritten, IDS), atol=1e-5)
+
+
+def test_generate(base, adapter, capsys):
+    arguments = ["generate", "--model", str(base), "--prompt", "abc", "--tokens", "12"]
+    assert main(arguments) == 0
+    plain = capsys.readouterr().out
+    assert len(plain.strip("\n")) == 12
+    assert main([*arguments, "--adapter", str(adapter[0])]) == 0
+    assert capsys.readouterr().out != plain
+    assert main([*arguments, "--temperature", "0.8", "--top-k", "5", "--seed", "1"]) == 0
+    drawn = capsys.readouterr().out
+    assert main([*arguments, "--temperature", "0.8", "--top-k", "5", "--seed", "1"]) == 0
+    assert capsys.readouterr().out == drawn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere"], "nowhere is not a directory"),
+        (["generate", "--model", "nowhere", "--prompt", "a"], "nowhere has no tokenizer.json"),
+        (["merge", "--model", "nowhere", "--adapter", "x", "--out", "y"], "is not a directory"),
+    ],
+)
+def test_what_is_not_there_is_told(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "jpeft", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    for name in ("inspect", "merge", "convert", "generate"):
+        assert name in done.stdout
