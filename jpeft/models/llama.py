@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jpeft.models.cache import Cache, empty_cache, token_positions, write
 from jpeft.models.causal import causal_attention, may_read
 from jpeft.models.layers import ACTIVATIONS
-from jpeft.models.llama_config import SLIDING
+from jpeft.models.llama_config import FULL, SLIDING
 from jpeft.models.llama_config import LlamaConfig as LlamaConfig
 from jpeft.models.rope import rotate, rotation
+from jpeft.models.shifted import shifted_attention
 
 # What each axis of a parameter is, by a pattern of its path.
 AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -105,11 +106,12 @@ class RMSNorm(nnx.Module):
 class _Reading:
     """What all layers share in one call.
 
-    **Attributes:** `keep(sliding)`, who reads whom, `(b, t, s)`; `turns`, cosine and sine `(b, t,
-    half)`, stacked over the model's rotary embeddings; `slot`, where a cache is written.
+    **Attributes:** `attend(query, key, value, sliding)`, attention of a layer; `turns`, cosine and
+    sine `(b, t, half)`, stacked over the model's rotary embeddings; `slot`, where a cache is
+    written.
     """
 
-    keep: Callable[[Any], Array]
+    attend: Callable[[Array, Array, Array, Any], Array]
     turns: tuple[Array, Array]
     slot: Any
 
@@ -149,14 +151,7 @@ class SelfAttention(nnx.Module):
                 for store, new in zip(stores, (key, value), strict=True)
             )
             key, value = (store[at.layer].astype(x.dtype) for store in stores)
-        mixed = causal_attention(
-            query,
-            key,
-            value,
-            reading.keep(at.sliding),
-            scale=c.scale,
-            softcap=c.attn_logit_softcapping,
-        )
+        mixed = reading.attend(query, key, value, at.sliding)
         return self.o_proj(mixed.reshape(b, t, -1)), stores
 
 
@@ -214,8 +209,11 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """The model without its head; `layers` is stacked along axis 0 of every parameter."""
 
-    def __init__(self, parts: _Parts, *, remat: Remat, unroll: int) -> None:
+    def __init__(
+        self, parts: _Parts, *, remat: Remat, unroll: int, shifted: int | None = None
+    ) -> None:
         self.config, self.remat, self.unroll = parts.config, remat, unroll
+        self.shifted = shifted
         self.embed_tokens = parts.embed()
 
         @nnx.split_rngs(splits=parts.config.num_hidden_layers)
@@ -243,7 +241,7 @@ class Decoder(nnx.Module):
         ropes = [c.rope] if c.local_rope is None else [c.rope, c.local_rope]
         turns = [rotation(rope, positions, c.width) for rope in ropes]
         reading = _Reading(
-            self._reads(positions, key_positions, segment_ids),
+            self._attention(positions, key_positions, segment_ids, cache is None),
             (jnp.stack([cos for cos, _ in turns]), jnp.stack([sin for _, sin in turns])),
             slot,
         )
@@ -257,19 +255,37 @@ class Decoder(nnx.Module):
             cache = Cache(keys, values, key_positions, cache.length + input_ids.shape[1])
         return self.norm(x), cache
 
-    def _reads(self, queries: Array, keys: Array, segments: Array | None) -> Callable[[Any], Array]:
-        """`keep(sliding)`: of all layers alike it is computed once, otherwise in each layer."""
-        kinds, window = set(self.config.kinds), self.config.sliding_window
+    def _attention(
+        self, queries: Array, keys: Array, segments: Array | None, sparse: bool
+    ) -> Callable[[Array, Array, Array, Any], Array]:
+        """`attend`, given the positions of queries and keys."""
+        c = self.config
+        window = c.sliding_window if SLIDING in c.kinds else None
+        options: dict[str, Any] = {"scale": c.scale, "softcap": c.attn_logit_softcapping}
+        mixed = window is not None and FULL in c.kinds
+
+        def of_layer(sliding: Any) -> Any:
+            if window is None or not mixed:
+                return window
+            return jnp.where(sliding == 1, window, _UNBOUNDED)
 
         def keep(window: Any) -> Array:
             return may_read(
                 queries, keys, window=window, query_segments=segments, key_segments=segments
             )
 
-        if window is None or len(kinds) == 1:
-            once = keep(window if kinds == {SLIDING} else None)
-            return lambda sliding: once
-        return lambda sliding: keep(jnp.where(sliding == 1, window, _UNBOUNDED))
+        if sparse and self.shifted is not None:
+            options |= {"group": self.shifted}
+            return lambda q, k, v, sliding: shifted_attention(
+                q, k, v, queries, segments, window=of_layer(sliding), **options
+            )
+        if mixed:
+            return lambda q, k, v, sliding: causal_attention(
+                q, k, v, keep(of_layer(sliding)), **options
+            )
+        # All layers alike: computed once.
+        once = keep(window)
+        return lambda q, k, v, sliding: causal_attention(q, k, v, once, **options)
 
     def _scan(self, x: Array, reading: _Reading, stores: Any) -> tuple[Array, Any]:
         graphdef, state = nnx.split(self.layers)
@@ -294,7 +310,8 @@ class Llama(nnx.Module):
     **Arguments:** `config`; `dtype`, what it computes in (norms, softmax and logits are in fp32);
     `param_dtype`, what its parameters are; `remat`, forget each layer's activations and compute
     them again in the backward pass, or a policy of `jax.checkpoint_policies` for what to keep;
-    `unroll`, layers per step of the scan.
+    `unroll`, layers per step of the scan; `shifted`, the size of the groups of LongLoRA's sparse
+    attention, which is for training: with a cache attention is always whole.
     """
 
     def __init__(
@@ -306,10 +323,11 @@ class Llama(nnx.Module):
         param_dtype: Any = jnp.float32,
         remat: Remat = False,
         unroll: int = 1,
+        shifted: int | None = None,
     ) -> None:
         parts = _Parts(config, dtype, param_dtype, rngs)
         self.config, self.dtype = config, dtype
-        self.model = Decoder(parts, remat=remat, unroll=unroll)
+        self.model = Decoder(parts, remat=remat, unroll=unroll, shifted=shifted)
         if not config.tie_word_embeddings:
             self.lm_head = parts.linear(config.hidden_size, config.vocab_size, out=jnp.float32)
 

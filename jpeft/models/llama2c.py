@@ -148,7 +148,7 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: str | pathlib.Path, size: int) -> Vocabulary:
-        """From a `.bin` file. **Raises:** `CheckpointError` where it has fewer than `size` pieces."""
+        """From a `.bin` file. **Raises:** `CheckpointError` where it has fewer pieces."""
         raw = pathlib.Path(path).read_bytes()
         pieces: list[bytes] = []
         scores: list[float] = []

@@ -1,4 +1,4 @@
-"""Shifted sparse attention: causal attention within groups, half of the heads half a group on."""
+"""Shifted sparse attention, for training on long texts (LongLoRA)."""
 
 from __future__ import annotations
 
@@ -13,61 +13,43 @@ def shifted_attention(
     key: Float[Array, "b t k w"],
     value: Float[Array, "b t k w"],
     positions: Int[Array, "b t"],
+    segments: Int[Array, "b t"] | None = None,
     *,
     group: int,
+    window: int | Int[Array, ""] | None = None,
     scale: float,
-    segments: Int[Array, "b t"] | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "b t h w"]:
-    """Attention among each `group` of tokens, at a cost that grows linearly with `t`.
+    """Causal attention within groups of `group` tokens, by half of a group later in half the heads.
 
-    The second half of the heads is rolled back by half a group, so that its groups join the first
-    half's. What the roll takes from the start of the row to its end, tokens and row's end do not
-    read each other: no output depends on a later token, which a plain causal mask after the roll
-    does not hold.
+    Its cost grows with `t * group`. Where the second half's groups wrap around, the row's start and
+    end do not read each other. `positions`, `segments` and `window` are `may_read`'s.
 
-    **Arguments:** queries and keys as they are after their rotary embedding; `positions`, -1 at
-    padding; `segments`, as `may_read`'s.
+    **Raises:** `ValueError` where rows do not split into groups, or groups or heads into halves.
 
-    **Raises:** `ValueError` for rows that do not split into groups of an even size, or an odd
-    number of heads.
-
-    Source: Chen et al. 2024 (LongLoRA), section 3.2, for training only.
+    Source: Chen et al. 2024, section 3.2.
     """
-    t, h = query.shape[1:3]
-    if group < 2 or group % 2 or t % group:
-        raise ValueError(
-            f"shifted attention needs rows that split into groups of an even size: {t} tokens, "
-            f"groups of {group}"
-        )
+    b, t, h, w = query.shape
+    if t % group or group % 2:
+        raise ValueError(f"rows of {t} tokens do not split into groups of {group}, an even number")
     if h % 2:
-        raise ValueError(f"shifted attention splits the heads in two halves, but there are {h}")
+        raise ValueError(f"shifted attention halves the heads: got {h}")
     if key.shape[2] % 2:
         key, value = (jnp.repeat(x, h // x.shape[2], axis=2) for x in (key, value))
-    keep = _keep(positions, segments, jnp.zeros_like(positions), group)
-    # After the roll the last half group is the row's first tokens: a text of their own.
-    wrapped = jnp.broadcast_to(jnp.arange(t) >= t - group // 2, positions.shape).astype(jnp.int32)
-    rolled = jnp.roll(positions, -group // 2, axis=1)
-    moved = None if segments is None else jnp.roll(segments, -group // 2, axis=1)
-    keep_rolled = _keep(rolled, moved, wrapped, group)
-    halves = [jnp.split(x, 2, axis=2) for x in (query, key, value)]
-    first = _grouped(*(x for x, _ in halves), keep, group, scale)
-    back = (jnp.roll(x, -group // 2, axis=1) for _, x in halves)
-    second = jnp.roll(_grouped(*back, keep_rolled, group, scale), group // 2, axis=1)
-    return jnp.concatenate([first, second], axis=2)
+    segments = jnp.zeros_like(positions) if segments is None else segments
+    # The tokens that come round to the row's end are a text of their own there.
+    start = jnp.arange(t) < group // 2
+    halves: list[Array] = []
+    for half, shift in enumerate((0, group // 2)):
 
+        def grouped(x: Array, shift: int = shift) -> Array:
+            x = jnp.roll(x, -shift, axis=1) if shift else x
+            return x.reshape(b * (t // group), group, *x.shape[2:])
 
-def _keep(positions: Array, segments: Array | None, wrapped: Array, group: int) -> Array:
-    """Who reads whom within each group: `(b * t / group, group, group)`."""
-    positions, wrapped = positions.reshape(-1, group), wrapped.reshape(-1, group)
-    keep = may_read(positions, positions, query_segments=wrapped, key_segments=wrapped)
-    if segments is not None:
-        segments = segments.reshape(-1, group)
-        keep &= segments[:, :, None] == segments[:, None, :]
-    return keep
-
-
-def _grouped(
-    query: Array, key: Array, value: Array, keep: Array, group: int, scale: float
-) -> Array:
-    parts = [x.reshape(-1, group, *x.shape[2:]) for x in (q, k, v)]
-    return causal_attention(*parts, keep, scale=scale).reshape(q.shape)
+        own = grouped(2 * segments + (start if shift else 0))
+        at = grouped(positions)
+        keep = may_read(at, at, window=window, query_segments=own, key_segments=own)
+        q, k, v = (grouped(jnp.split(x, 2, axis=2)[half]) for x in (query, key, value))
+        out = causal_attention(q, k, v, keep, scale=scale, softcap=softcap)
+        halves.append(jnp.roll(out.reshape(b, t, h // 2, w), shift, axis=1))
+    return jnp.concatenate(halves, axis=2)

@@ -78,7 +78,10 @@ def test_segments_and_padding_are_not_read():
 
 @pytest.mark.parametrize(
     ("t", "group", "message"),
-    [(16, 3, "16 tokens, groups of 3"), (18, 4, "18 tokens, groups of 4")],
+    [
+        (16, 3, "16 tokens do not split into groups of 3"),
+        (18, 4, "18 tokens do not split into groups of 4"),
+    ],
 )
 def test_rows_that_do_not_split(t, group, message):
     with pytest.raises(ValueError, match=message):
