@@ -18,10 +18,12 @@ from jpeft.hf.checkpoints import load_module
 from jpeft.hf.files import CheckpointError, read_config, read_json, write
 from jpeft.hf.names import Family
 from jpeft.hf.params import LoadReport, lazy_tensors
+from jpeft.models import t5
 from jpeft.models.gpt2 import Gpt2
 from jpeft.models.gpt2_config import Gpt2Config
 from jpeft.models.llama import Llama
 from jpeft.models.llama_config import LlamaConfig
+from jpeft.models.t5_config import T5Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +38,31 @@ class Kind:
 LLAMA = Family(
     stacks=("model/layers",),
     prefix="model.",
-    ignored=r"rotary_emb\.inv_freq$|^lm_head\.weight$",
+    # Buffers, and the copy that a tied head has in some files.
+    ignored=r"rotary_emb\.|^lm_head\.weight$",
 )
 GPT2 = Family(
     stacks=("transformer/h",),
     prefix="transformer.",
-    conv1d=r"/h/",
-    ignored=r"\.attn\.(bias|masked_bias)$|^lm_head\.weight$",
+    conv1d=r"/(c_attn|c_proj|c_fc)/kernel$",
+    ignored=r"(^|\.)h\.\d+\.attn\.(masked_)?bias$|^lm_head\.weight$",
+)
+_BUCKETS = "relative_attention_bias"
+T5 = Family(
+    stacks=("encoder/block", "decoder/block"),
+    ignored=r"^(encoder|decoder)\.embed_tokens\.weight$|^lm_head\.weight$"
+    rf"|EncDecAttention\.{_BUCKETS}\.weight$",
+    # transformers 5 ties the head of v1.1 too, without saying so in config.json.
+    shared={"lm_head.weight": "shared.weight"},
+    # One table for all layers, which the file has in the first.
+    special={
+        f"{side}/{_BUCKETS}/embedding": f"{side}.block.0.layer.0.SelfAttention.{_BUCKETS}.weight"
+        for side in ("encoder", "decoder")
+    },
 )
 KINDS: dict[str, Kind] = {
     "gpt2": Kind(Gpt2Config, Gpt2, GPT2),
+    "t5": Kind(T5Config, t5.T5, T5),
     **dict.fromkeys(
         ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"),
         Kind(LlamaConfig, Llama, LLAMA),

@@ -30,6 +30,7 @@ class Family:
     - `replaced`: a pattern of paths that are new too where the file's tensor has another shape: a
       head for other classes.
     - `renames`: pairs of a pattern and its replacement, for other spellings of names in files.
+    - `shared`: name to the name that is read in its place where a file lacks it.
     - `special`: path to name, with `{}` for the layer, where the rule above does not hold.
     """
 
@@ -40,6 +41,7 @@ class Family:
     new: str = r"$^"
     replaced: str = r"$^"
     renames: tuple[tuple[str, str], ...] = ()
+    shared: Mapping[str, str] = dataclasses.field(default_factory=lambda: _NONE)
     special: Mapping[str, str] = dataclasses.field(default_factory=lambda: _NONE)
 
 

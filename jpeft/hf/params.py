@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jpeft.hf.files import CheckpointError, Lazy, Tensors
 from jpeft.hf.names import Family, Place, normal_name, places
@@ -111,7 +112,10 @@ def _plan(
     for path, leaf in want.items():
         spot = table[path]
         names = [spot.of_layer(i) for i in range(leaf.shape[0])] if spot.stacked else [spot.name]
-        sources = [_find(found, name, family.prefix) for name in names]
+        sources = [
+            _find(found, name, family.prefix) or found.get(family.shared.get(name, ""))
+            for name in names
+        ]
         if not any(sources) and re.search(family.new, path):
             plan.new.add(path)
             continue
@@ -161,14 +165,23 @@ def _read(tensors: Tensors, sources: list[str], spot: Place, leaf: Any, where: A
 
     if not spot.stacked:
         return jax.device_put(one(sources[0]), where)
-    zeros = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=where)
-    stacked = zeros()
+    if where is None:
+        each: Any = None
+    elif isinstance(where, NamedSharding) and (not where.spec or where.spec[0] is None):
+        each = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
+    else:  # layers on different devices: each device's part is put together on the host
+
+        def part(index: Any) -> np.ndarray:
+            return np.stack([one(s)[index[1:]] for s in sources[index[0]]])
+
+        return jax.make_array_from_callback(tuple(leaf.shape), where, part)
+    stacked = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=where)()
+    put = jax.jit(_put, donate_argnums=0, out_shardings=where)
     for i, source in enumerate(sources):
-        stacked = _put(stacked, one(source), i)
+        stacked = put(stacked, jax.device_put(one(source), each), i)
     return stacked
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def _put(stacked: Any, layer: Any, i: Any) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stacked, layer, i, 0)
 

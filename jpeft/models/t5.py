@@ -1,0 +1,416 @@
+"""T5 and T5 v1.1: encoder and decoder with biases for relative positions.
+
+Raffel et al. 2020; v1.1's gated feed-forward block is Shazeer 2020. The layers are stacked along
+axis 0 of their parameters and scanned. Names in paths are Hugging Face's,
+`decoder/block/layer/1/EncDecAttention/q/kernel`, except that the relative positions' table, which
+all layers of a stack share, is the stack's own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jpeft.models import cache as caches
+from jpeft.models.cache import Cache, token_positions
+from jpeft.models.causal import may_read
+from jpeft.models.layers import ACTIVATIONS, dropout
+from jpeft.models.t5_config import T5Config as T5Config
+
+# The logical axes of every parameter, by a pattern of its path.
+AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"^shared/embedding$", ("vocab", "embed")),
+    (r"^lm_head/kernel$", ("embed", "vocab")),
+    (r"relative_attention_bias/embedding$", ("buckets", "heads")),
+    (r"Attention/[qkv]/kernel$", ("layers", "embed", "heads")),
+    (r"Attention/o/kernel$", ("layers", "heads", "embed")),
+    (r"DenseReluDense/wi(_[01])?/kernel$", ("layers", "embed", "mlp")),
+    (r"DenseReluDense/wo/kernel$", ("layers", "mlp", "embed")),
+    (r"/layer_norm/scale$", ("layers", "embed")),
+    (r"/final_layer_norm/scale$", ("embed",)),
+)
+
+# A layer's keys and values in the cache, `(b, s, h, w)`, or None.
+Kept = tuple[Any, Any] | None
+
+
+class _Parts:
+    """How this model makes its layers: one place for types and initial values."""
+
+    def __init__(self, config: T5Config, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        self.config, self.dtype, self.param_dtype, self.rngs = config, dtype, param_dtype, rngs
+
+    def linear(self, n_in: int, n_out: int, std: float) -> nnx.Linear:
+        return nnx.Linear(
+            n_in,
+            n_out,
+            use_bias=False,
+            kernel_init=nnx.initializers.normal(self.config.initializer_factor * std),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )
+
+    def norm(self) -> nnx.RMSNorm:
+        return nnx.RMSNorm(
+            self.config.d_model,
+            epsilon=self.config.layer_norm_epsilon,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )
+
+    def embed(self, rows: int, width: int, std: float) -> nnx.Embed:
+        return nnx.Embed(
+            rows,
+            width,
+            embedding_init=nnx.initializers.normal(self.config.initializer_factor * std),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )
+
+
+def buckets(
+    distance: Int[Array, "*shape"], *, both_ways: bool, count: int, far: int
+) -> Int[Array, "*shape"]:
+    """The bucket of each distance, key position minus query position.
+
+    The nearest half of the buckets hold one distance each, the others grow with its logarithm up
+    to `far`. With `both_ways` each direction has half of the buckets; without it distances ahead,
+    which nobody reads, are in the first.
+
+    Source: Raffel et al. 2020, section 2.1; the growth is that of their code.
+    """
+    if both_ways:
+        count //= 2
+    single = count // 2
+    # A table, because the logarithms of some distances are on an edge between two buckets, where
+    # each backend's rounding would decide: here it is NumPy's, in fp32 as in training.
+    steps = np.arange(far + 1, dtype=np.float32)
+    growth = np.log(np.maximum(steps, 1) / np.float32(single)) / np.float32(math.log(far / single))
+    large = single + (growth * np.float32(count - single)).astype(np.int32)
+    table = np.where(steps < single, steps.astype(np.int32), np.minimum(large, count - 1))
+    back = jnp.abs(distance) if both_ways else jnp.maximum(-distance, 0)
+    found = jnp.asarray(table, jnp.int32)[jnp.minimum(back, far)]
+    return found + count * (distance > 0) if both_ways else found
+
+
+class Attention(nnx.Module):
+    """Attention whose scores are not scaled: the initial values of `q` are."""
+
+    def __init__(self, parts: _Parts) -> None:
+        c = parts.config
+        self.config, inner = c, c.num_heads * c.d_kv
+        self.q = parts.linear(c.d_model, inner, (c.d_model * c.d_kv) ** -0.5)
+        self.k = parts.linear(c.d_model, inner, c.d_model**-0.5)
+        self.v = parts.linear(c.d_model, inner, c.d_model**-0.5)
+        self.o = parts.linear(inner, c.d_model, inner**-0.5)
+
+    def _heads(self, x: Float[Array, "b t n"]) -> Float[Array, "b t h w"]:
+        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.d_kv)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        source: Float[Array, "b s d"],
+        keep: Any,
+        bias: Any,
+        key: PRNGKeyArray | None,
+        kept: Kept = None,
+        at: Any = None,
+    ) -> tuple[Float[Array, "b t d"], Kept]:
+        """What `x` reads of `source`, and the layer's part of the cache with the latter in it.
+
+        **Arguments:** `keep` and `bias`, or None, broadcast to the scores `(b, h, t, s)`, which
+        are in fp32.
+        """
+        query, keys, values = self._heads(self.q(x)), self.k(source), self.v(source)
+        keys, values = self._heads(keys), self._heads(values)
+        if kept is not None:
+            kept = (caches.write(kept[0], keys, at), caches.write(kept[1], values, at))
+            keys, values = (stored.astype(query.dtype) for stored in kept)
+        scores = jnp.einsum("bthw,bshw->bhts", query, keys, preferred_element_type=jnp.float32)
+        if bias is not None:
+            scores = scores + bias
+        # Finite, so that padding, which may read nothing, has a softmax.
+        scores = jnp.where(keep, scores, jnp.finfo(jnp.float32).min)
+        weights = dropout(jax.nn.softmax(scores, axis=-1), self.config.dropout_rate, key)
+        mixed = jnp.einsum("bhts,bshw->bthw", weights.astype(values.dtype), values)
+        return self.o(mixed.reshape(*x.shape[:2], -1)), kept
+
+
+class LayerSelfAttention(nnx.Module):
+    """A norm and self-attention."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self.SelfAttention, self.layer_norm = Attention(parts), parts.norm()
+
+
+class LayerCrossAttention(nnx.Module):
+    """A norm and attention to the encoder's output."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self.EncDecAttention, self.layer_norm = Attention(parts), parts.norm()
+
+
+class FeedForward(nnx.Module):
+    """`dropout(act(x W)) W'`, or gated, `dropout(act(x W0) * (x W1)) W'`."""
+
+    def __init__(self, parts: _Parts) -> None:
+        c = parts.config
+        self.config, self.act = c, ACTIVATIONS[c.activation]
+        if c.gated:
+            self.wi_0 = parts.linear(c.d_model, c.d_ff, c.d_model**-0.5)
+            self.wi_1 = parts.linear(c.d_model, c.d_ff, c.d_model**-0.5)
+        else:
+            self.wi = parts.linear(c.d_model, c.d_ff, c.d_model**-0.5)
+        self.wo = parts.linear(c.d_ff, c.d_model, c.d_ff**-0.5)
+
+    def __call__(self, x: Float[Array, "b t d"], key: PRNGKeyArray | None) -> Float[Array, "b t d"]:
+        """The block's output."""
+        inner = self.act(self.wi_0(x)) * self.wi_1(x) if self.config.gated else self.act(self.wi(x))
+        return self.wo(dropout(inner, self.config.dropout_rate, key))
+
+
+class LayerFF(nnx.Module):
+    """A norm and the feed-forward block."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self.DenseReluDense, self.layer_norm = FeedForward(parts), parts.norm()
+
+
+class Block(nnx.Module):
+    """One layer: self-attention, in a decoder attention to the encoder, feed-forward."""
+
+    def __init__(self, parts: _Parts, decoder: bool) -> None:
+        self.rate = parts.config.dropout_rate
+        cross = [LayerCrossAttention(parts)] if decoder else []
+        self.layer = nnx.List([LayerSelfAttention(parts), *cross, LayerFF(parts)])
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        keep: Any,
+        bias: Any,
+        encoded: Float[Array, "b s d"] | None,
+        encoded_keep: Any,
+        kept: Kept,
+        at: Any,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "b t d"], Kept]:
+        """The layer's output, and its part of the cache."""
+        keys = (None,) * 6 if key is None else tuple(jax.random.split(key, 6))
+        layer: Any = self.layer
+        own, last = layer[0], layer[-1]
+        h = own.layer_norm(x)
+        mixed, kept = own.SelfAttention(h, h, keep, bias, keys[0], kept, at)
+        x = x + dropout(mixed, self.rate, keys[1])
+        if encoded is not None:
+            cross = layer[1]
+            h = cross.layer_norm(x)
+            mixed, _ = cross.EncDecAttention(h, encoded, encoded_keep, None, keys[2])
+            x = x + dropout(mixed, self.rate, keys[3])
+        return x + dropout(
+            last.DenseReluDense(last.layer_norm(x), keys[4]), self.rate, keys[5]
+        ), kept
+
+
+class Stack(nnx.Module):
+    """Encoder or decoder; every parameter of `block` has the layers along axis 0."""
+
+    def __init__(self, parts: _Parts, *, decoder: bool, remat: bool, unroll: int) -> None:
+        c = parts.config
+        self.config, self.decoder, self.remat, self.unroll = c, decoder, remat, unroll
+        self.layers = c.decoder_layers if decoder else c.num_layers
+        self.relative_attention_bias = parts.embed(
+            c.relative_attention_num_buckets, c.num_heads, c.d_model**-0.5
+        )
+
+        @nnx.split_rngs(splits=self.layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs: nnx.Rngs) -> Block:
+            return Block(_Parts(c, parts.dtype, parts.param_dtype, rngs), decoder)
+
+        self.block = stacked(parts.rngs)
+        self.final_layer_norm = parts.norm()
+
+    def bias(
+        self, query_positions: Int[Array, "#b t"], key_positions: Int[Array, "#b s"]
+    ) -> Float[Array, "#b h t s"]:
+        """What relative positions add to the scores of every layer, in fp32."""
+        found = buckets(
+            key_positions[:, None, :] - query_positions[:, :, None],
+            both_ways=not self.decoder,
+            count=self.config.relative_attention_num_buckets,
+            far=self.config.relative_attention_max_distance,
+        )
+        return self.relative_attention_bias(found).astype(jnp.float32).transpose(0, 3, 1, 2)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        keep: Any,
+        bias: Any,
+        *,
+        encoded: Float[Array, "b s d"] | None = None,
+        encoded_keep: Any = None,
+        cache: Cache | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "b t d"], Kept]:
+        """The last hidden state, normalised, and all layers' keys and values."""
+        first, rest, last = (None,) * 3 if key is None else jax.random.split(key, 3)
+        x = dropout(x, self.config.dropout_rate, first)
+        graphdef, state = nnx.split(self.block)
+        keys = None if rest is None else jax.random.split(rest, self.layers)
+        kept = None if cache is None else (cache.keys, cache.values)
+        at = None if cache is None else cache.length
+
+        def step(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Kept]:
+            state, kept, key = layer
+            block = nnx.merge(graphdef, state)
+            return block(x, keep, bias, encoded, encoded_keep, kept, at, key)
+
+        body = jax.checkpoint(step) if self.remat else step
+        x, kept = jax.lax.scan(body, x, (state, kept, keys), unroll=self.unroll)
+        return dropout(self.final_layer_norm(x), self.config.dropout_rate, last), kept
+
+
+class T5(nnx.Module):
+    """T5 with its head.
+
+    **Arguments:** `config`; `dtype`, what it computes in; `param_dtype`, what its parameters are;
+    `remat`, forget each layer's activations and compute them again in the backward pass;
+    `unroll`, layers per step of the scans.
+    """
+
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        remat: bool = False,
+        unroll: int = 1,
+    ) -> None:
+        self.config, self.dtype = config, dtype
+        parts = _Parts(config, dtype, param_dtype, rngs)
+        self.shared = parts.embed(config.vocab_size, config.d_model, 1.0)
+        self.encoder = Stack(parts, decoder=False, remat=remat, unroll=unroll)
+        self.decoder = Stack(parts, decoder=True, remat=remat, unroll=unroll)
+        if not config.tie_word_embeddings:
+            self.lm_head = parts.linear(config.d_model, config.vocab_size, 1.0)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b s"] | None,
+        attention_mask: Int[Array, "b s"] | None = None,
+        decoder_input_ids: Int[Array, "b t"] | None = None,
+        decoder_attention_mask: Int[Array, "b t"] | None = None,
+        *,
+        encoded: Float[Array, "b s d"] | None = None,
+        cache: Cache | None = None,
+        key: PRNGKeyArray | None = None,
+        hidden: bool = False,
+    ) -> Any:
+        """The decoder's logits `(b, t, v)`, fp32; with a cache, `(logits, cache)`.
+
+        **Arguments:**
+
+        - `attention_mask` and `decoder_attention_mask`, 1 at tokens and 0 at padding, on either
+          side; all ones when left out.
+        - `decoder_input_ids`, such as `shift_right(labels)`. Without them the result is the
+          encoder's output `(b, s, d)`.
+        - `encoded`, that output, so that the encoder does not run again (`input_ids` is not read).
+        - `cache`, what the decoder read before: its tokens continue it.
+        - `key` switches dropout on.
+        - `hidden`, give the last hidden state `(b, t, d)`, which `head` reads, for the logits.
+
+        **Raises:** `ValueError` for neither `input_ids` nor `encoded`, or more tokens than the
+        cache's room.
+        """
+        first, rest = (None, None) if key is None else jax.random.split(key)
+        if encoded is None:
+            if input_ids is None:
+                raise ValueError("the encoder needs input_ids, where there is no encoded")
+            encoded = self.encode(input_ids, attention_mask, key=first)
+        if decoder_input_ids is None:
+            return encoded
+        t = decoder_input_ids.shape[1]
+        if cache is not None and t > cache.room:
+            raise ValueError(f"the input has {t} tokens, the cache room for {cache.room}")
+        if decoder_attention_mask is None:
+            # Without padding the rows' positions are the same: one row of biases is enough.
+            rows = decoder_input_ids[:1] if cache is None else decoder_input_ids
+            decoder_attention_mask = jnp.ones_like(rows)
+        start = 0 if cache is None else 1 + jnp.max(cache.positions, axis=1, keepdims=True)
+        positions = token_positions(decoder_attention_mask, start)
+        known = (
+            positions if cache is None else caches.write(cache.positions, positions, cache.length)
+        )
+        x, kept = self.decoder(
+            self.shared(decoder_input_ids),
+            may_read(positions, known)[:, None],
+            self.decoder.bias(positions, known),
+            encoded=encoded.astype(self.dtype),
+            encoded_keep=_readable(attention_mask, encoded.shape[1]),
+            cache=cache,
+            key=rest,
+        )
+        out = x if hidden else self.head(x)
+        if cache is None:
+            return out
+        assert kept is not None
+        return out, Cache(kept[0], kept[1], known, cache.length + t)
+
+    def encode(
+        self,
+        input_ids: Int[Array, "b s"],
+        attention_mask: Int[Array, "b s"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "b s d"]:
+        """The encoder's output, which the decoder reads."""
+        s = input_ids.shape[1]
+        slots = jnp.arange(s, dtype=jnp.int32)[None]
+        bias = self.encoder.bias(slots, slots)
+        return self.encoder(self.shared(input_ids), _readable(attention_mask, s), bias, key=key)[0]
+
+    def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """The logits, fp32, of last hidden states."""
+        c, wide = self.config, jnp.float32
+        if c.tie_word_embeddings:
+            hidden = hidden * jnp.asarray(c.d_model**-0.5, hidden.dtype)
+            table = self.shared.embedding[...].astype(self.dtype)
+            return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=wide)
+        kernel = self.lm_head.kernel[...].astype(self.dtype)
+        return jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=wide)
+
+    def shift_right(self, labels: Int[Array, "b t"]) -> Int[Array, "b t"]:
+        """The decoder's input for labels: the start token and all labels but the last.
+
+        Labels below 0, which the loss leaves out, become padding.
+        """
+        c = self.config
+        shifted = jnp.roll(labels, 1, axis=1).at[:, 0].set(c.decoder_start_token_id)
+        return jnp.where(shifted < 0, c.pad_token_id, shifted)
+
+    def empty_cache(self, batch: int, room: int, dtype: Any = None) -> Cache:
+        """A cache of the decoder's for `batch` rows of up to `room` tokens, padding among them."""
+        c = self.config
+        dtype = self.dtype if dtype is None else dtype
+        return caches.empty_cache(c.decoder_layers, batch, room, c.num_heads, c.d_kv, dtype)
+
+
+def _readable(attention_mask: Int[Array, "b s"] | None, s: int) -> Any:
+    """Which of the encoder's positions are read, as scores `(b, h, t, s)` have them."""
+    if attention_mask is None:
+        return jnp.ones((1, 1, 1, s), bool)
+    return attention_mask.astype(bool)[:, None, None, :]
