@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -92,9 +93,14 @@ Command = (
 def main(arguments: list[str] | None = None) -> int:
     """Run a command: 0, 2 for a user's error, 130 after Ctrl-C."""
     config = tyro.cli(Command, args=arguments, prog="python -m jpeft", description=__doc__)
-    run = {Inspect: inspect, Merge: merge, Convert: convert, Generate: generate}[type(config)]
+    commands: dict[type, Callable[[Any, Console], None]] = {
+        Inspect: inspect,
+        Merge: merge,
+        Convert: convert,
+        Generate: generate,
+    }
     try:
-        run(config, Console())
+        commands[type(config)](config, Console())
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as e:

@@ -38,7 +38,7 @@ def load_llama2c(path: str | pathlib.Path, *, dtype: Any = jnp.float32) -> Llama
         )
     tensors = _Cursor(data)
     c, head = config, config.hidden_size // config.num_attention_heads
-    n, d, h, kv = c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_key_value_heads
+    n, d, h, kv = c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.kv_heads
     table = tensors.take(c.vocab_size, d)
     layers: dict[str, Any] = {"input_layernorm": {"scale": tensors.take(n, d)}}
     q, k, v = tensors.take(n, d, d), tensors.take(n, kv * head, d), tensors.take(n, kv * head, d)
