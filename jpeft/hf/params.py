@@ -161,7 +161,7 @@ def _read(tensors: Tensors, sources: list[str], spot: Place, leaf: Any, where: A
         value = tensors.read(source)
         value = value.T if spot.transposed else value
         # Cast here: a wider file never stands on the device.
-        return value.astype(leaf.dtype)
+        return value.astype(leaf.dtype, copy=False)
 
     if not spot.stacked:
         return jax.device_put(one(sources[0]), where)
@@ -178,7 +178,8 @@ def _read(tensors: Tensors, sources: list[str], spot: Place, leaf: Any, where: A
     stacked = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=where)()
     put = jax.jit(_put, donate_argnums=0, out_shardings=where)
     for i, source in enumerate(sources):
-        stacked = put(stacked, jax.device_put(one(source), each), i)
+        # Waited for, or the next tensor is read while the host still holds this one.
+        stacked = put(stacked, jax.device_put(one(source), each), i).block_until_ready()
     return stacked
 
 

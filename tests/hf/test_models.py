@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import struct
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +220,24 @@ def test_types_are_cast_while_reading(folder):
     assert {x.dtype for x in jax.tree.leaves(jpeft.functional(mixed).params)} == {
         jnp.dtype(jnp.float32)
     }
+
+
+def test_the_host_holds_one_tensor_at_a_time(tmp_path):
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=20_000, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    save_model(Llama(config, rngs=nnx.Rngs(0)), tmp_path)
+    largest = 20_000 * 64 * 4
+    assert (tmp_path / "model.safetensors").stat().st_size > 11 * largest
+    load_model(tmp_path)  # compiles: what Python allocates for that is no tensor
+    tracemalloc.start()
+    try:
+        load_model(tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert largest <= peak < 2 * largest
 
 
 def edited(change):
