@@ -139,11 +139,39 @@ def methods() -> str:
     return f"{markdown(header, rows)}\n\n{about}; {source(r)}."
 
 
+def attention() -> str:
+    """`attention_cost`: whole and shifted attention by length."""
+    r = read("attention_cost")
+    rows: list[list[str]] = []
+    for t in r["config"]["lengths"]:
+        cells = [r["rows"][kind][str(t)] for kind in ("full", "shifted")]
+        shown = [f"{x['flops'] / 1e9:,.0f}" for x in cells]
+        rows.append([f"{t:,}", *shown, *(f"{x['bytes'] / 2**20:,.0f}" for x in cells)])
+    header = ["tokens", "full, Gflop", "shifted, Gflop", "full, MiB", "shifted, MiB"]
+    c = r["config"]
+    about = f"One row, {c['heads']} heads of {c['width']}, bf16, groups of {c['group']:,}"
+    return f"{markdown(header, rows)}\n\n{about}, with the gradient; compiled on {source(r)}."
+
+
+def generation() -> str:
+    """`bench_generation` on a model of 260K parameters."""
+    r = read("bench_generation", "stories260k")
+    header = ["generation", "ms", "ratio"]
+    rows = [
+        ["with a cache", f"{r['cached_ms']:.0f}", f"{r['ratio']:.1f}"],
+        ["without", f"{r['plain_ms']:,.0f}", "1.0"],
+    ]
+    tokens = r["config"]["tokens"]
+    return f"{markdown(header, rows)}\n\n{tokens} tokens, stories260K, fp32; {source(r)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "glue": glue,
     "peers": peers,
     "steps": steps,
     "methods": methods,
+    "attention": attention,
+    "generation": generation,
 }
 
 

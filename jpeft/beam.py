@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jpeft.generation import Generated, _check_room, _inputs, last_logits
+from jpeft.generation import Generated, check_room, ids_and_mask, last_logits
 from jpeft.rewrite import lift
 
 _NONE: Mapping[str, Any] = {}
@@ -47,8 +47,8 @@ def beam_search(
 
     **Raises:** `ValueError` as `generate`, and for fewer than 1 beam.
     """
-    ids, mask = _inputs(input_ids, attention_mask)
-    _check_room(cache, ids.shape[1], new_tokens)
+    ids, mask = ids_and_mask(input_ids, attention_mask)
+    check_room(cache, ids.shape[1], new_tokens)
     if beams < 1:
         raise ValueError(f"beams is at least 1, got {beams}")
     decode_params = params if decode_params is None else decode_params

@@ -125,8 +125,8 @@ def generate(
 
     **Raises:** `ValueError` for a cache without the room, or no key where tokens are drawn.
     """
-    ids, mask = _inputs(input_ids, attention_mask)
-    _check_room(cache, ids.shape[1], new_tokens)
+    ids, mask = ids_and_mask(input_ids, attention_mask)
+    check_room(cache, ids.shape[1], new_tokens)
     if sampling.temperature > 0 and key is None:
         raise ValueError("a temperature above 0 draws tokens: give a key")
     decode_params = params if decode_params is None else decode_params
@@ -150,8 +150,8 @@ def stream(
     extra: Mapping[str, Any] = _NONE,
 ) -> Iterator[np.ndarray]:
     """As `generate`, each step's tokens `(b,)` as soon as they are there: the same ones."""
-    ids, mask = _inputs(input_ids, attention_mask)
-    _check_room(cache, ids.shape[1], new_tokens)
+    ids, mask = ids_and_mask(input_ids, attention_mask)
+    check_room(cache, ids.shape[1], new_tokens)
     decode_params = params if decode_params is None else decode_params
     done = jnp.zeros(ids.shape[0], bool)
     for i in range(new_tokens):
@@ -166,12 +166,14 @@ def stream(
         ids, mask = picked[:, None], (~done)[:, None].astype(jnp.int32)
 
 
-def _inputs(ids: Any, mask: Any) -> tuple[Array, Array]:
+def ids_and_mask(ids: Any, mask: Any) -> tuple[Array, Array]:
+    """Both as int32 arrays; a mask that was left out is all ones."""
     ids = jnp.asarray(ids, jnp.int32)
     return ids, jnp.ones_like(ids) if mask is None else jnp.asarray(mask, jnp.int32)
 
 
-def _check_room(cache: Any, prompt: int, new: int) -> None:
+def check_room(cache: Any, prompt: int, new: int) -> None:
+    """**Raises:** `ValueError` for a cache without room for a prompt and what follows it."""
     if new < 1:
         raise ValueError(f"new_tokens is at least 1, got {new}")
     if cache.room < prompt + new:

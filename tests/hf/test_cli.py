@@ -1,6 +1,7 @@
 """The command: look into, merge, convert and generate, and what it says of wrong input."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import jpeft
 from jpeft.cli import main
 from jpeft.hf import load_adapter, load_model, save_adapter, save_model
-from jpeft.hf.models import LLAMA
+from jpeft.hf.models import LLAMA, stop_tokens
 from jpeft.models.llama import Llama, LlamaConfig
 
 IDS = jnp.array([[1, 5, 9, 3]])
@@ -111,6 +112,26 @@ def test_what_is_not_there_is_told(arguments, message, capsys, tmp_path, monkeyp
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("files", "want"),
+    [
+        ({"config.json": {"eos_token_id": 2}}, (2,)),
+        (
+            {
+                "generation_config.json": {"eos_token_id": [3, 4]},
+                "config.json": {"eos_token_id": 2},
+            },
+            (3, 4),
+        ),
+        ({"generation_config.json": {}, "config.json": {"eos_token_id": None}}, ()),
+    ],
+)
+def test_what_ends_a_text(files, want, tmp_path):
+    for name, value in files.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    assert stop_tokens(tmp_path) == want
 
 
 def test_it_is_a_module():
