@@ -60,14 +60,14 @@ def step_costs(config: Config, console: Console) -> dict[str, dict[str, float]]:
     since a run's own mean is of whatever else the machine did then.
     """
     directory = fetch_model(config.model, console)
-    trainers: dict[str, Any] = {}
-    for method in config.methods:
-        one = dataclasses.replace(config, method=method)
-        prepared = lora_glue.prepare(one, directory)
-        labels = max(1, len(prepared.data.task.labels))
-        model = lora_glue.build(one, directory, labels, 0)
-        trainers[method] = lora_glue.trainer_of(one, model, prepared, 0, 1000)
     prepared = lora_glue.prepare(config, directory)
+    model = lora_glue.build(config, directory, max(1, len(prepared.data.task.labels)), 0)
+    trainers = {
+        method: lora_glue.trainer_of(
+            dataclasses.replace(config, method=method), model, prepared, 0, 1000
+        )
+        for method in config.methods
+    }
     batches = Batches(prepared.train, prepared.train_shapes, prepared.pad, 0)
     costs = timed_steps(trainers, next(iter(batches)), ROUNDS)
     return {m: {"step_ms": c["ms"], "memory_mib": c["mib"]} for m, c in costs.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -13,6 +13,13 @@ from safetensors import SafetensorError, safe_open
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read as what it is asked to be; says which file, and why."""
+
+
+def listed(head: str, problems: Sequence[str], most: int = 8) -> str:
+    """An error of several lines: `head`, and the first `most` problems."""
+    lines = "".join(f"\n  {p}" for p in problems[:most])
+    more = f"\n  and {len(problems) - most} more" if len(problems) > most else ""
+    return f"{head}:{lines}{more}"
 
 
 def open_tensors(path: pathlib.Path) -> Any:

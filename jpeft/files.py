@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from jpeft._disk import CheckpointError, atomically, open_tensors
+from jpeft._disk import CheckpointError, atomically, listed, open_tensors
 from jpeft.config import VERSION, ConfigError, from_json, to_json
 from jpeft.transform import Params, Trainable, Transform
 from jpeft.uses import Uses
@@ -67,9 +67,7 @@ def load(path: str | pathlib.Path, like: Any) -> Any:
                 f"misshapen: {name} is {tuple(piece.get_shape())}, not {tuple(want[name].shape)}"
             )
     if problems:
-        more = f"\n  and {len(problems) - 6} more" if len(problems) > 6 else ""
-        listed = "".join(f"\n  {p}" for p in problems[:6])
-        raise CheckpointError(f"{path} belongs to another transform or model:{listed}{more}")
+        raise CheckpointError(listed(f"{path} belongs to another transform or model", problems))
     leaves = [jnp.asarray(file.get_tensor(n)).astype(want[n].dtype) for n in want]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jpeft._disk import listed
 from jpeft.hf.files import CheckpointError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -164,13 +165,6 @@ def read_options(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any
     if problems:
         raise CheckpointError(listed(f"{path} asks for what is not read", problems))
     return {**options, "task_type": config.get("task_type")}
-
-
-def listed(head: str, problems: list[str], most: int = 8) -> str:
-    """A message of at most `most` + 2 lines."""
-    lines = "".join(f"\n  {p}" for p in problems[:most])
-    more = f"\n  and {len(problems) - most} more" if len(problems) > most else ""
-    return f"{head}:{lines}{more}"
 
 
 def _among(value: Any, allowed: tuple[Any, ...]) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from jpeft._disk import open_tensors
-from jpeft.hf.adapter_config import ANY_HEAD, listed
+from jpeft._disk import listed, open_tensors
+from jpeft.hf.adapter_config import ANY_HEAD
 from jpeft.hf.files import CheckpointError
 from jpeft.hf.names import Family, Place, normal_name, places
 from jpeft.paths import flatten

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jpeft._disk import listed
 from jpeft.hf.files import CheckpointError, Lazy, Tensors
 from jpeft.hf.names import Family, Place, normal_name, places
 from jpeft.paths import flatten, replace
@@ -84,13 +85,6 @@ def lazy_tensors(params: Any, family: Family) -> dict[str, Lazy]:
             read = functools.partial(_host, array, i, spot.transposed)
             out[spot.of_layer(i)] = Lazy(size // array.shape[0], read)
     return out
-
-
-def listed(head: str, problems: list[str], most: int = 8) -> str:
-    """An error of several lines, the first `most` of them."""
-    lines = "\n".join(f"  {p}" for p in problems[:most])
-    more = f"\n  and {len(problems) - most} more" if len(problems) > most else ""
-    return f"{head}:\n{lines}{more}"
 
 
 @dataclasses.dataclass
