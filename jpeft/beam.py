@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jpeft.generation import Generated, check_room, ids_and_mask, last_logits
+from jpeft.generation import Generated, check_room, ids_and_mask
 from jpeft.rewrite import lift
 
 _NONE: Mapping[str, Any] = {}
@@ -87,13 +87,13 @@ def _search(
     cache: Any,
     extra: Any,
 ) -> Any:
-    run = lift(apply)
+    run = functools.partial(lift(apply), last=True)
     b = ids.shape[0]
     keep = max(2, 1 + len(stop)) * beams
     logits, cache = run(params, ids, mask, cache=cache, **extra)
     cache = _rows(cache, lambda x, axis: jnp.repeat(x, beams, axis=axis))
     extra = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), extra)
-    first = jnp.repeat(last_logits(logits, mask), beams, axis=0)
+    first = jnp.repeat(logits[:, 0], beams, axis=0)
     vocabulary = first.shape[-1]
     blank = jnp.full((b, beams, n), pad, jnp.int32)
     # Only the first beam counts at the start: the others are the same prompt.
@@ -155,7 +155,7 @@ def _search(
         cache = _rows(cache, lambda x, axis: jnp.take(x, rows, axis=axis))
         token = jax.lax.dynamic_index_in_dim(running, i - 1, 2, keepdims=False).reshape(-1, 1)
         logits, cache = run(decode_params, token, jnp.ones_like(token), cache=cache, **extra)
-        return advance(state, logits[:, -1]), cache
+        return advance(state, logits[:, 0]), cache
 
     state, _ = jax.lax.while_loop(lambda c: c[0][-2], step, (state, cache))
     done, done_scores, lengths = state[3][:, 0], state[4][:, 0], state[6][:, 0]

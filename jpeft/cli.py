@@ -111,6 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def inspect(config: Inspect, console: Console) -> None:
     """Print what a path holds; headers alone are read."""
+    from jpeft.hf.files import Tensors, read_config, read_json
+
     path = config.directory
     if path.is_file():
         file = open_tensors(path)
@@ -119,15 +121,13 @@ def inspect(config: Inspect, console: Console) -> None:
             console.print_json(json.dumps(header["transform"]))
         files = [path]
     elif (path / "adapter_config.json").is_file():
-        about = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        about = read_json(path / "adapter_config.json")
         shown = {k: v for k, v in about.items() if v not in (None, [], {}, False)}
         console.print_json(json.dumps(shown))
         files = [path / "adapter_model.safetensors"]
         if not files[0].is_file():
             raise CheckpointError(f"{path} has no adapter_model.safetensors")
     else:
-        from jpeft.hf.files import Tensors, read_config
-
         about = read_config(path)
         console.print(f"model_type {about.get('model_type')}", highlight=False)
         files = Tensors(path).files

@@ -113,8 +113,9 @@ def generate(
 
     **Arguments:**
 
-    - `apply(params, input_ids, attention_mask, cache=cache, **extra) -> (logits, cache)`, such as
-      `jpeft.functional(model)`'s; the same function object is the same compilation.
+    - `apply(params, input_ids, attention_mask, cache=cache, last=True, **extra) -> (logits,
+      cache)`, the logits of each row's last token, `(b, 1, v)`: `jpeft.functional(model)`'s. The
+      same function object is the same compilation.
     - `params`, ordinary or rewritten by any method.
     - `attention_mask`, 0 at padding, on either side of a prompt.
     - `cache`, empty, with room for `t + new_tokens` tokens: `model.empty_cache(b, room)`.
@@ -183,13 +184,6 @@ def check_room(cache: Any, prompt: int, new: int) -> None:
         )
 
 
-def last_logits(logits: Float[Array, "b t v"], mask: Int[Array, "b t"]) -> Float[Array, "b v"]:
-    """The logits at each row's last token that is no padding."""
-    steps = jnp.arange(mask.shape[1])
-    at = jnp.max(jnp.where(mask > 0, steps, 0), axis=1)
-    return jnp.take_along_axis(logits, at[:, None, None], axis=1)[:, 0]
-
-
 def _pick(
     logits: Any, sampling: Sampling, stop: tuple[int, ...], pad: int, key: Any, done: Any
 ) -> tuple[Any, Any]:
@@ -212,8 +206,8 @@ def _step(
     done: Any,
     extra: Any,
 ) -> Any:
-    logits, cache = lift(apply)(params, ids, mask, cache=cache, **extra)
-    return *_pick(last_logits(logits, mask), sampling, stop, pad, key, done), cache
+    logits, cache = lift(apply)(params, ids, mask, cache=cache, last=True, **extra)
+    return *_pick(logits[:, 0], sampling, stop, pad, key, done), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -231,14 +225,14 @@ def _generate(
     key: Any,
     extra: Any,
 ) -> Any:
-    run = lift(apply)
+    run = functools.partial(lift(apply), last=True)
 
     def at(i: Any) -> Any:
         return None if key is None else jax.random.fold_in(key, i)
 
     logits, cache = run(params, ids, mask, cache=cache, **extra)
     never = jnp.zeros(ids.shape[0], bool)
-    picked, done = _pick(last_logits(logits, mask), sampling, stop, pad, at(0), never)
+    picked, done = _pick(logits[:, 0], sampling, stop, pad, at(0), never)
     tokens = jnp.full((ids.shape[0], n), pad, jnp.int32).at[:, 0].set(picked)
     lengths = jnp.ones(ids.shape[0], jnp.int32)
 
@@ -251,7 +245,7 @@ def _generate(
         own = (~done)[:, None].astype(jnp.int32)
         logits, cache = run(decode_params, picked[:, None], own, cache=cache, **extra)
         lengths = lengths + ~done
-        picked, done = _pick(logits[:, -1], sampling, stop, pad, at(i), done)
+        picked, done = _pick(logits[:, 0], sampling, stop, pad, at(i), done)
         return i + 1, picked, tokens.at[:, i].set(picked), lengths, cache, done
 
     carry = (jnp.int32(1), picked, tokens, lengths, cache, done)

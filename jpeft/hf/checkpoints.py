@@ -17,6 +17,7 @@ from jpeft.hf.files import CheckpointError, read_config, write
 from jpeft.hf.names import Family
 from jpeft.hf.params import LoadReport, lazy_tensors, load_params
 from jpeft.models.bert import Bert, BertConfig, BertForSequenceClassification, Pooling
+from jpeft.models.layers import Remat
 
 # Buffers, and pre-training's heads.
 _UNREAD = r"position_ids$|token_type_ids$|^cls\.|^lm_head\.|^qa_outputs\."
@@ -46,7 +47,7 @@ def load_sequence_classifier(
     key: PRNGKeyArray,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: Remat = False,
     unroll: int = 1,
     attention_rows: int | None = None,
     pooling: Pooling = "cls",
@@ -83,7 +84,7 @@ def load_bert(
     key: PRNGKeyArray,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
-    remat: bool = False,
+    remat: Remat = False,
     unroll: int = 1,
     attention_rows: int | None = None,
     pooler: bool = True,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jpeft.models.attention import attention
 from jpeft.models.bert_config import BertConfig as BertConfig
-from jpeft.models.layers import ACTIVATIONS, dropout
+from jpeft.models.layers import ACTIVATIONS, Remat, dropout, rematerialised
 
 Pooling = Literal["cls", "mean"]
 
@@ -175,7 +175,7 @@ class Layer(nnx.Module):
 class Encoder(nnx.Module):
     """The layers, stacked along axis 0 of every parameter of `layer`."""
 
-    def __init__(self, parts: _Parts, *, remat: bool, unroll: int) -> None:
+    def __init__(self, parts: _Parts, *, remat: Remat, unroll: int) -> None:
         self.remat, self.unroll, self.layers = remat, unroll, parts.config.num_hidden_layers
 
         @nnx.split_rngs(splits=self.layers)
@@ -197,7 +197,7 @@ class Encoder(nnx.Module):
         def step(x: Array, at: tuple[Any, Any]) -> tuple[Array, None]:
             return nnx.merge(graphdef, at[0])(x, keep, at[1]), None
 
-        body = jax.checkpoint(step) if self.remat else step
+        body = rematerialised(step, self.remat)
         return jax.lax.scan(body, x, (state, keys), unroll=self.unroll)[0]
 
 
@@ -216,9 +216,9 @@ class Bert(nnx.Module):
     """The encoder without a head.
 
     **Arguments:** `config`; `dtype`, what it computes in; `param_dtype`, what its parameters are;
-    `remat`, forget each layer's activations and compute them again in the backward pass;
-    `unroll`, layers per step of the scan; `attention_rows`, see `attention`; `pooler`, whether it
-    has BERT's.
+    `remat`, forget each layer's activations and compute them again in the backward pass, or a
+    policy of `jax.checkpoint_policies` for what to keep; `unroll`, layers per step of the scan;
+    `attention_rows`, see `attention`; `pooler`, whether it has BERT's.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class Bert(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
-        remat: bool = False,
+        remat: Remat = False,
         unroll: int = 1,
         attention_rows: int | None = None,
         pooler: bool = True,
@@ -298,7 +298,7 @@ class BertForSequenceClassification(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
-        remat: bool = False,
+        remat: Remat = False,
         unroll: int = 1,
         attention_rows: int | None = None,
         pooling: Pooling = "cls",

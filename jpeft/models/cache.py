@@ -44,6 +44,37 @@ def empty_cache(
     )
 
 
+def positions_of(
+    attention_mask: Int[Array, "b t"],
+    *,
+    position_ids: Int[Array, "b t"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    cache: Cache | None = None,
+) -> Int[Array, "b t"]:
+    """Each token's position, -1 at padding: as given, or counted from the cache's last or from each
+    segment's start.
+
+    **Raises:** `ValueError` for segments with a cache, or more tokens than the cache has room for.
+    """
+    t = attention_mask.shape[1]
+    if cache is not None and segment_ids is not None:
+        raise ValueError("a cache has no segments: give segment_ids or cache, not both")
+    if cache is not None and t > cache.room:
+        raise ValueError(f"the input has {t} tokens, the cache room for {cache.room}")
+    if position_ids is not None:
+        return jnp.where(attention_mask > 0, position_ids, -1).astype(jnp.int32)
+    if cache is not None:
+        start = jnp.max(cache.positions, axis=1, keepdims=True) + 1
+        return token_positions(attention_mask, start)
+    if segment_ids is None:
+        return token_positions(attention_mask)
+    mask = attention_mask.astype(jnp.int32)
+    before = jnp.cumsum(mask, axis=1) - mask
+    first = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    start = jax.lax.cummax(jnp.where(first, before, 0), axis=1)
+    return jnp.where(mask > 0, before - start, -1)
+
+
 def token_positions(attention_mask: Int[Array, "b t"], start: Any = 0) -> Int[Array, "b t"]:
     """Positions that count the tokens that are no padding, from `start` on; -1 at padding."""
     mask = attention_mask.astype(jnp.int32)

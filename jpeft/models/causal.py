@@ -1,12 +1,16 @@
-"""Attention of decoders: who may read whom, grouped heads, soft caps."""
+"""Attention of decoders: who may read whom, grouped heads, soft caps, biases."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jpeft.models.layers import dropout
+
+Implementation = Literal["xla", "cudnn"] | None
 
 
 def may_read(
@@ -35,24 +39,47 @@ def causal_attention(
     query: Float[Array, "b t h w"],
     key: Float[Array, "b s k w"],
     value: Float[Array, "b s k w"],
-    keep: Bool[Array, "b t s"],
+    keep: Bool[Array, "#b #t s"],
     *,
     scale: float,
     softcap: float | None = None,
+    bias: Float[Array, "#b h t s"] | None = None,
+    rate: float = 0.0,
+    rng: PRNGKeyArray | None = None,
+    implementation: Implementation = None,
 ) -> Float[Array, "b t h w"]:
     """Attention with grouped heads, `h` a multiple of `k`; scores are in fp32.
 
-    Goes through `jax.nn.dot_product_attention` (cuDNN on GPUs), except with `softcap`, where scores
-    become `softcap * tanh(scores / softcap)` (Gemma 2). A query that reads nothing, which is
-    padding, gets the mean of all values, and is not NaN.
+    **Arguments:**
+
+    - `softcap`, scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+    - `bias`, added to the scaled scores.
+    - `rate`, of dropout on the probabilities, when `rng` is given.
+    - `implementation`, that of `jax.nn.dot_product_attention`: `cudnn` is flash attention on NVIDIA
+      GPUs, in bf16 or fp16, with neither soft caps nor dropout.
+
+    A query that reads nothing, which is padding, gets the mean of all values, and is not NaN.
+
+    **Raises:** `ValueError` for cuDNN with a soft cap or dropout.
     """
-    if softcap is None:
-        return jax.nn.dot_product_attention(query, key, value, mask=keep[:, None], scale=scale)
+    dropping = rng is not None and rate > 0
+    if softcap is None and not dropping:
+        mask = jnp.broadcast_to(keep, (keep.shape[0], query.shape[1], key.shape[1]))[:, None]
+        return jax.nn.dot_product_attention(
+            query, key, value, bias, mask, scale=scale, implementation=implementation
+        )
+    if implementation == "cudnn":
+        raise ValueError("cuDNN's attention has neither soft caps nor dropout here: leave it out")
     groups = query.shape[2] // key.shape[2]
-    b, t, _, w = query.shape
+    b, t, h, w = query.shape
     grouped = query.reshape(b, t, key.shape[2], groups, w)
     scores = jnp.einsum("btkgw,bskw->bkgts", grouped, key, preferred_element_type=jnp.float32)
-    scores = softcap * jnp.tanh(scores * (scale / softcap))
-    scores = jnp.where(keep[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    scores = scores.reshape(b, h, t, -1) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    scores = jnp.where(keep[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = dropout(jax.nn.softmax(scores, axis=-1), rate, rng).astype(value.dtype)
+    weights = weights.reshape(b, key.shape[2], groups, t, -1)
     return jnp.einsum("bkgts,bskw->btkgw", weights, value).reshape(query.shape)

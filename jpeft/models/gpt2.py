@@ -16,10 +16,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jpeft.models import cache as caches
-from jpeft.models.cache import Cache, token_positions
-from jpeft.models.causal import causal_attention, may_read
+from jpeft.models.cache import Cache, positions_of
+from jpeft.models.causal import Implementation, causal_attention, may_read
 from jpeft.models.gpt2_config import Gpt2Config as Gpt2Config
-from jpeft.models.layers import ACTIVATIONS, dropout
+from jpeft.models.layers import ACTIVATIONS, Remat, dropout, last_tokens, rematerialised
+from jpeft.models.loss import next_token_loss
 
 # The logical axes of every parameter, by a pattern of its path. The heads of `c_attn` are those of
 # query, key and value, one after the other.
@@ -44,8 +45,16 @@ Kept = tuple[Any, Any] | None
 class _Parts:
     """How this model makes its layers: one place for types and initial values."""
 
-    def __init__(self, config: Gpt2Config, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: Gpt2Config,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+        implementation: Implementation = None,
+    ) -> None:
         self.config, self.dtype, self.param_dtype, self.rngs = config, dtype, param_dtype, rngs
+        self.implementation: Implementation = implementation
 
     def linear(self, n_in: int, n_out: int, *, residual: bool = False) -> nnx.Linear:
         # 2 n_layer projections add to the residual stream: section 2.3 of the paper.
@@ -81,28 +90,13 @@ class _Parts:
         )
 
 
-def _dropped_attention(
-    query: Float[Array, "b t h w"],
-    key: Float[Array, "b s h w"],
-    value: Float[Array, "b s h w"],
-    keep: Bool[Array, "b t s"],
-    scale: float,
-    rate: float,
-    rng: PRNGKeyArray,
-) -> Float[Array, "b t h w"]:
-    """`causal_attention` with dropout on its probabilities."""
-    scores = jnp.einsum("bthw,bshw->bhts", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(keep[:, None], scores * scale, jnp.finfo(jnp.float32).min)
-    weights = dropout(jax.nn.softmax(scores, axis=-1), rate, rng).astype(value.dtype)
-    return jnp.einsum("bhts,bshw->bthw", weights, value)
-
-
 class Attention(nnx.Module):
     """Causal self-attention; one kernel makes query, key and value."""
 
     def __init__(self, parts: _Parts) -> None:
         d = parts.config.n_embd
         self.config = parts.config
+        self.implementation: Implementation = parts.implementation
         self.c_attn = parts.linear(d, 3 * d)
         self.c_proj = parts.linear(d, d, residual=True)
 
@@ -123,11 +117,16 @@ class Attention(nnx.Module):
         if kept is not None:
             kept = (caches.write(kept[0], key, at), caches.write(kept[1], value, at))
             key, value = (stored.astype(query.dtype) for stored in kept)
-        scale = c.width**-0.5 if c.scale_attn_weights else 1.0
-        if keys[0] is None or c.attn_pdrop == 0:
-            mixed = causal_attention(query, key, value, keep, scale=scale)
-        else:
-            mixed = _dropped_attention(query, key, value, keep, scale, c.attn_pdrop, keys[0])
+        mixed = causal_attention(
+            query,
+            key,
+            value,
+            keep,
+            scale=c.width**-0.5 if c.scale_attn_weights else 1.0,
+            rate=c.attn_pdrop,
+            rng=keys[0],
+            implementation=self.implementation,
+        )
         return dropout(self.c_proj(mixed.reshape(x.shape)), c.resid_pdrop, keys[1]), kept
 
 
@@ -170,7 +169,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """The model without its head; every parameter of `h` has the layers along axis 0."""
 
-    def __init__(self, parts: _Parts, *, remat: bool, unroll: int) -> None:
+    def __init__(self, parts: _Parts, *, remat: Remat, unroll: int) -> None:
         c = parts.config
         self.config, self.remat, self.unroll = c, remat, unroll
         self.wte, self.wpe = parts.embed(c.vocab_size), parts.embed(c.n_positions)
@@ -178,7 +177,7 @@ class Transformer(nnx.Module):
         @nnx.split_rngs(splits=c.n_layer)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs: nnx.Rngs) -> Block:
-            return Block(_Parts(c, parts.dtype, parts.param_dtype, rngs))
+            return Block(_Parts(c, parts.dtype, parts.param_dtype, rngs, parts.implementation))
 
         self.h = stacked(parts.rngs)
         self.ln_f = parts.norm()
@@ -205,7 +204,7 @@ class Transformer(nnx.Module):
             state, kept, key = layer
             return nnx.merge(graphdef, state)(x, keep, kept, at, key)
 
-        body = jax.checkpoint(step) if self.remat else step
+        body = rematerialised(step, self.remat)
         x, kept = jax.lax.scan(body, x, (state, kept, keys), unroll=self.unroll)
         return self.ln_f(x), kept
 
@@ -214,8 +213,9 @@ class Gpt2(nnx.Module):
     """GPT-2 with its head.
 
     **Arguments:** `config`; `dtype`, what it computes in; `param_dtype`, what its parameters are;
-    `remat`, forget each layer's activations and compute them again in the backward pass;
-    `unroll`, layers per step of the scan.
+    `remat`, forget each layer's activations and compute them again in the backward pass, or a
+    policy of `jax.checkpoint_policies` for what to keep; `unroll`, layers per step of the scan;
+    `implementation`, of attention, as `causal_attention`'s.
     """
 
     def __init__(
@@ -225,11 +225,12 @@ class Gpt2(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
-        remat: bool = False,
+        remat: Remat = False,
         unroll: int = 1,
+        implementation: Implementation = None,
     ) -> None:
         self.config, self.dtype = config, dtype
-        parts = _Parts(config, dtype, param_dtype, rngs)
+        parts = _Parts(config, dtype, param_dtype, rngs, implementation)
         self.transformer = Transformer(parts, remat=remat, unroll=unroll)
 
     def __call__(
@@ -242,6 +243,9 @@ class Gpt2(nnx.Module):
         cache: Cache | None = None,
         key: PRNGKeyArray | None = None,
         hidden: bool = False,
+        last: bool = False,
+        labels: Int[Array, "b t"] | None = None,
+        chunk: int = 1024,
     ) -> Any:
         """The logits `(b, t, v)`, fp32; with a cache, `(logits, cache)`.
 
@@ -250,11 +254,14 @@ class Gpt2(nnx.Module):
         - `attention_mask`, 1 at tokens and 0 at padding, on either side; all ones when left out.
         - `position_ids`, each token's position; left out, they count the tokens that are no
           padding, after those in the cache.
-        - `segment_ids`, of rows with several texts in them: tokens read their own text alone. Each
-          text starts anew in `position_ids`.
+        - `segment_ids`, of rows with several texts in them: tokens read their own text alone, and
+          positions start again with it.
         - `cache`, what was read before: the tokens continue it.
         - `key` switches dropout on.
         - `hidden`, give the last hidden state `(b, t, d)`, which `head` reads, for the logits.
+        - `last`, give the logits of each row's last token alone, `(b, 1, v)`.
+        - `labels`, give the sum of the losses of next tokens and their count instead, the logits
+          made for `chunk` tokens at a time: `next_token_loss`.
 
         **Raises:** `ValueError` for an input longer than the table of positions or than the
         cache's room, or for segments with a cache.
@@ -264,26 +271,22 @@ class Gpt2(nnx.Module):
             raise ValueError(f"the input has {t} tokens, the model reads {limit}")
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
-        if position_ids is None:
-            start = 0 if cache is None else 1 + jnp.max(cache.positions, axis=1, keepdims=True)
-            positions = token_positions(attention_mask, start)
-        else:
-            positions = jnp.where(attention_mask > 0, position_ids, -1)
+        positions = positions_of(
+            attention_mask, position_ids=position_ids, segment_ids=segment_ids, cache=cache
+        )
+        known = positions
+        if cache is not None:
+            known = caches.write(cache.positions, positions, cache.length)
+        keep = may_read(positions, known, query_segments=segment_ids, key_segments=segment_ids)
+        x, kept = self.transformer(input_ids, positions, keep, cache, key)
+        if labels is not None:
+            return next_token_loss(x, self.head, labels, chunk=chunk)
+        x = last_tokens(x, attention_mask) if last else x
+        out = x if hidden else self.head(x)
         if cache is None:
-            keep = may_read(
-                positions, positions, query_segments=segment_ids, key_segments=segment_ids
-            )
-            x, _ = self.transformer(input_ids, positions, keep, None, key)
-            return x if hidden else self.head(x)
-        if segment_ids is not None:
-            raise ValueError("a cache has one text a row: no segment_ids with it")
-        if t > cache.room:
-            raise ValueError(f"the input has {t} tokens, the cache room for {cache.room}")
-        known = caches.write(cache.positions, positions, cache.length)
-        x, kept = self.transformer(input_ids, positions, may_read(positions, known), cache, key)
+            return out
         assert kept is not None
-        cache = Cache(kept[0], kept[1], known, cache.length + t)
-        return x if hidden else self.head(x), cache
+        return out, Cache(kept[0], kept[1], known, cache.length + t)
 
     def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """The logits, fp32, of last hidden states: products with the table of words."""

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jpeft.models.cache import Cache, empty_cache, token_positions, write
-from jpeft.models.causal import causal_attention, may_read
-from jpeft.models.layers import ACTIVATIONS
+from jpeft.models.cache import Cache, empty_cache, positions_of, write
+from jpeft.models.causal import Implementation, causal_attention, may_read
+from jpeft.models.layers import ACTIVATIONS, Remat, last_tokens, rematerialised
 from jpeft.models.llama_config import FULL, SLIDING
 from jpeft.models.llama_config import LlamaConfig as LlamaConfig
+from jpeft.models.loss import next_token_loss
 from jpeft.models.rope import rotate, rotation
 from jpeft.models.shifted import shifted_attention
 
@@ -42,8 +43,6 @@ AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 # The window of a layer that reads everything, where other layers have one.
 _UNBOUNDED = jnp.iinfo(jnp.int32).max
-
-Remat = bool | Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,10 +209,16 @@ class Decoder(nnx.Module):
     """The model without its head; `layers` is stacked along axis 0 of every parameter."""
 
     def __init__(
-        self, parts: _Parts, *, remat: Remat, unroll: int, shifted: int | None = None
+        self,
+        parts: _Parts,
+        *,
+        remat: Remat,
+        unroll: int,
+        shifted: int | None = None,
+        implementation: Implementation = None,
     ) -> None:
         self.config, self.remat, self.unroll = parts.config, remat, unroll
-        self.shifted = shifted
+        self.shifted, self.implementation = shifted, implementation
         self.embed_tokens = parts.embed()
 
         @nnx.split_rngs(splits=parts.config.num_hidden_layers)
@@ -261,7 +266,11 @@ class Decoder(nnx.Module):
         """`attend`, given the positions of queries and keys."""
         c = self.config
         window = c.sliding_window if SLIDING in c.kinds else None
-        options: dict[str, Any] = {"scale": c.scale, "softcap": c.attn_logit_softcapping}
+        options: dict[str, Any] = {
+            "scale": c.scale,
+            "softcap": c.attn_logit_softcapping,
+            "implementation": self.implementation,
+        }
         mixed = window is not None and FULL in c.kinds
 
         def of_layer(sliding: Any) -> Any:
@@ -298,9 +307,7 @@ class Decoder(nnx.Module):
             x, stores = carry
             return nnx.merge(graphdef, xs[0])(x, reading, xs[1], stores), None
 
-        body: Any = step
-        if self.remat:
-            body = jax.checkpoint(step, policy=self.remat if callable(self.remat) else None)
+        body = rematerialised(step, self.remat)
         return jax.lax.scan(body, (x, stores), (state, at), unroll=self.unroll)[0]
 
 
@@ -311,7 +318,8 @@ class Llama(nnx.Module):
     `param_dtype`, what its parameters are; `remat`, forget each layer's activations and compute
     them again in the backward pass, or a policy of `jax.checkpoint_policies` for what to keep;
     `unroll`, layers per step of the scan; `shifted`, the size of the groups of LongLoRA's sparse
-    attention, which is for training: with a cache attention is always whole.
+    attention, which is for training: with a cache attention is always whole; `implementation`, of
+    attention, as `causal_attention`'s.
     """
 
     def __init__(
@@ -324,10 +332,13 @@ class Llama(nnx.Module):
         remat: Remat = False,
         unroll: int = 1,
         shifted: int | None = None,
+        implementation: Implementation = None,
     ) -> None:
         parts = _Parts(config, dtype, param_dtype, rngs)
         self.config, self.dtype = config, dtype
-        self.model = Decoder(parts, remat=remat, unroll=unroll, shifted=shifted)
+        self.model = Decoder(
+            parts, remat=remat, unroll=unroll, shifted=shifted, implementation=implementation
+        )
         if not config.tie_word_embeddings:
             self.lm_head = parts.linear(config.hidden_size, config.vocab_size, out=jnp.float32)
 
@@ -341,6 +352,9 @@ class Llama(nnx.Module):
         cache: Cache | None = None,
         key: PRNGKeyArray | None = None,
         hidden: bool = False,
+        last: bool = False,
+        labels: Int[Array, "b t"] | None = None,
+        chunk: int = 1024,
     ) -> Any:
         """The logits, fp32 `(b, t, v)`; with a cache `(logits, cache)`.
 
@@ -353,24 +367,22 @@ class Llama(nnx.Module):
         - `cache`, what was read before; these tokens go into its next slots.
         - `key` is there for all models to be called alike: this one has no dropout.
         - `hidden`, return in place of the logits what `head` makes them from, `(b, t, d)`.
+        - `last`, return the logits of each row's last token alone, `(b, 1, v)`.
+        - `labels`, return the sum of the losses of next tokens and their count instead, the logits
+          made for `chunk` tokens at a time: `next_token_loss`.
 
-        **Raises:** `ValueError` for segments with a cache.
+        **Raises:** `ValueError` for segments with a cache, or more tokens than it has room for.
         """
         del key
-        if cache is not None and segment_ids is not None:
-            raise ValueError("a cache has no segments: give segment_ids or cache, not both")
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
-        if position_ids is not None:
-            positions = jnp.where(attention_mask > 0, position_ids, -1)
-        elif segment_ids is not None:
-            positions = _segment_positions(attention_mask, segment_ids)
-        else:
-            start = 0
-            if cache is not None:
-                start = jnp.max(cache.positions, axis=1, keepdims=True) + 1
-            positions = token_positions(attention_mask, start)
-        x, cache = self.model(input_ids, positions.astype(jnp.int32), segment_ids, cache)
+        positions = positions_of(
+            attention_mask, position_ids=position_ids, segment_ids=segment_ids, cache=cache
+        )
+        x, cache = self.model(input_ids, positions, segment_ids, cache)
+        if labels is not None:
+            return next_token_loss(x, self.head, labels, chunk=chunk)
+        x = last_tokens(x, attention_mask) if last else x
         out = x if hidden else self.head(x)
         return out if cache is None else (out, cache)
 
@@ -389,12 +401,3 @@ class Llama(nnx.Module):
         c = self.config
         dtype = self.dtype if dtype is None else dtype
         return empty_cache(c.num_hidden_layers, batch, room, c.kv_heads, c.width, dtype)
-
-
-def _segment_positions(mask: Int[Array, "b t"], segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """Positions that start again where a segment starts; -1 at padding."""
-    mask = mask.astype(jnp.int32)
-    before = jnp.cumsum(mask, axis=1) - mask
-    first = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
-    start = jax.lax.cummax(jnp.where(first, before, 0), axis=1)
-    return jnp.where(mask > 0, before - start, -1)

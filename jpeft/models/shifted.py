@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jpeft.models.causal import causal_attention, may_read
+from jpeft.models.causal import Implementation, causal_attention, may_read
 
 
 def shifted_attention(
@@ -19,6 +19,7 @@ def shifted_attention(
     window: int | Int[Array, ""] | None = None,
     scale: float,
     softcap: float | None = None,
+    implementation: Implementation = None,
 ) -> Float[Array, "b t h w"]:
     """Causal attention within groups of `group` tokens, by half of a group later in half the heads.
 
@@ -50,6 +51,8 @@ def shifted_attention(
         at = grouped(positions)
         keep = may_read(at, at, window=window, query_segments=own, key_segments=own)
         q, k, v = (grouped(jnp.split(x, 2, axis=2)[half]) for x in (query, key, value))
-        out = causal_attention(q, k, v, keep, scale=scale, softcap=softcap)
+        out = causal_attention(
+            q, k, v, keep, scale=scale, softcap=softcap, implementation=implementation
+        )
         halves.append(jnp.roll(out.reshape(b, t, h // 2, w), shift, axis=1))
     return jnp.concatenate(halves, axis=2)

@@ -18,9 +18,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jpeft.models import cache as caches
-from jpeft.models.cache import Cache, token_positions
-from jpeft.models.causal import may_read
-from jpeft.models.layers import ACTIVATIONS, dropout
+from jpeft.models.cache import Cache, positions_of
+from jpeft.models.causal import causal_attention, may_read
+from jpeft.models.layers import ACTIVATIONS, Remat, dropout, last_tokens, rematerialised
+from jpeft.models.loss import next_token_loss
 from jpeft.models.t5_config import T5Config as T5Config
 
 # The logical axes of every parameter, by a pattern of its path.
@@ -128,21 +129,23 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Kept]:
         """What `x` reads of `source`, and the layer's part of the cache with the latter in it.
 
-        **Arguments:** `keep` and `bias`, or None, broadcast to the scores `(b, h, t, s)`, which
-        are in fp32.
+        **Arguments:** `keep`, which broadcasts to `(b, t, s)`; `bias`, or None, `(#b, h, t, s)`.
         """
         query, keys, values = self._heads(self.q(x)), self.k(source), self.v(source)
         keys, values = self._heads(keys), self._heads(values)
         if kept is not None:
             kept = (caches.write(kept[0], keys, at), caches.write(kept[1], values, at))
             keys, values = (stored.astype(query.dtype) for stored in kept)
-        scores = jnp.einsum("bthw,bshw->bhts", query, keys, preferred_element_type=jnp.float32)
-        if bias is not None:
-            scores = scores + bias
-        # Finite, so that padding, which may read nothing, has a softmax.
-        scores = jnp.where(keep, scores, jnp.finfo(jnp.float32).min)
-        weights = dropout(jax.nn.softmax(scores, axis=-1), self.config.dropout_rate, key)
-        mixed = jnp.einsum("bhts,bshw->bthw", weights.astype(values.dtype), values)
+        mixed = causal_attention(
+            query,
+            keys,
+            values,
+            keep,
+            scale=1.0,
+            bias=bias,
+            rate=self.config.dropout_rate,
+            rng=key,
+        )
         return self.o(mixed.reshape(*x.shape[:2], -1)), kept
 
 
@@ -225,7 +228,7 @@ class Block(nnx.Module):
 class Stack(nnx.Module):
     """Encoder or decoder; every parameter of `block` has the layers along axis 0."""
 
-    def __init__(self, parts: _Parts, *, decoder: bool, remat: bool, unroll: int) -> None:
+    def __init__(self, parts: _Parts, *, decoder: bool, remat: Remat, unroll: int) -> None:
         c = parts.config
         self.config, self.decoder, self.remat, self.unroll = c, decoder, remat, unroll
         self.layers = c.decoder_layers if decoder else c.num_layers
@@ -277,7 +280,7 @@ class Stack(nnx.Module):
             block = nnx.merge(graphdef, state)
             return block(x, keep, bias, encoded, encoded_keep, kept, at, key)
 
-        body = jax.checkpoint(step) if self.remat else step
+        body = rematerialised(step, self.remat)
         x, kept = jax.lax.scan(body, x, (state, kept, keys), unroll=self.unroll)
         return dropout(self.final_layer_norm(x), self.config.dropout_rate, last), kept
 
@@ -286,8 +289,8 @@ class T5(nnx.Module):
     """T5 with its head.
 
     **Arguments:** `config`; `dtype`, what it computes in; `param_dtype`, what its parameters are;
-    `remat`, forget each layer's activations and compute them again in the backward pass;
-    `unroll`, layers per step of the scans.
+    `remat`, forget each layer's activations and compute them again in the backward pass, or a
+    policy of `jax.checkpoint_policies` for what to keep; `unroll`, layers per step of the scans.
     """
 
     def __init__(
@@ -297,7 +300,7 @@ class T5(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
-        remat: bool = False,
+        remat: Remat = False,
         unroll: int = 1,
     ) -> None:
         self.config, self.dtype = config, dtype
@@ -319,6 +322,9 @@ class T5(nnx.Module):
         cache: Cache | None = None,
         key: PRNGKeyArray | None = None,
         hidden: bool = False,
+        last: bool = False,
+        labels: Int[Array, "b t"] | None = None,
+        chunk: int = 1024,
     ) -> Any:
         """The decoder's logits `(b, t, v)`, fp32; with a cache, `(logits, cache)`.
 
@@ -332,6 +338,10 @@ class T5(nnx.Module):
         - `cache`, what the decoder read before: its tokens continue it.
         - `key` switches dropout on.
         - `hidden`, give the last hidden state `(b, t, d)`, which `head` reads, for the logits.
+        - `last`, give the logits of each row's last token alone, `(b, 1, v)`.
+        - `labels`, give the sum of the losses of each position's label and their count instead, the
+          logits made for `chunk` tokens at a time; `decoder_input_ids` are then `shift_right` of
+          them where they are left out.
 
         **Raises:** `ValueError` for neither `input_ids` nor `encoded`, or more tokens than the
         cache's room.
@@ -342,33 +352,35 @@ class T5(nnx.Module):
                 raise ValueError("the encoder needs input_ids, where there is no encoded")
             encoded = self.encode(input_ids, attention_mask, key=first)
         if decoder_input_ids is None:
-            return encoded
-        t = decoder_input_ids.shape[1]
-        if cache is not None and t > cache.room:
-            raise ValueError(f"the input has {t} tokens, the cache room for {cache.room}")
+            if labels is None:
+                return encoded
+            decoder_input_ids = self.shift_right(labels)
         if decoder_attention_mask is None:
             # Without padding the rows' positions are the same: one row of biases is enough.
             rows = decoder_input_ids[:1] if cache is None else decoder_input_ids
             decoder_attention_mask = jnp.ones_like(rows)
-        start = 0 if cache is None else 1 + jnp.max(cache.positions, axis=1, keepdims=True)
-        positions = token_positions(decoder_attention_mask, start)
+        positions = positions_of(decoder_attention_mask, cache=cache)
         known = (
             positions if cache is None else caches.write(cache.positions, positions, cache.length)
         )
         x, kept = self.decoder(
             self.shared(decoder_input_ids),
-            may_read(positions, known)[:, None],
+            may_read(positions, known),
             self.decoder.bias(positions, known),
             encoded=encoded.astype(self.dtype),
             encoded_keep=_readable(attention_mask, encoded.shape[1]),
             cache=cache,
             key=rest,
         )
+        if labels is not None:
+            return next_token_loss(x, self.head, labels, chunk=chunk, shift=False)
+        x = last_tokens(x, decoder_attention_mask) if last else x
         out = x if hidden else self.head(x)
         if cache is None:
             return out
         assert kept is not None
-        return out, Cache(kept[0], kept[1], known, cache.length + t)
+        length = cache.length + decoder_input_ids.shape[1]
+        return out, Cache(kept[0], kept[1], known, length)
 
     def encode(
         self,
@@ -410,7 +422,7 @@ class T5(nnx.Module):
 
 
 def _readable(attention_mask: Int[Array, "b s"] | None, s: int) -> Any:
-    """Which of the encoder's positions are read, as scores `(b, h, t, s)` have them."""
+    """Which of the encoder's positions are read: `(#b, 1, s)`."""
     if attention_mask is None:
-        return jnp.ones((1, 1, 1, s), bool)
-    return attention_mask.astype(bool)[:, None, None, :]
+        return jnp.ones((1, 1, s), bool)
+    return attention_mask.astype(bool)[:, None]

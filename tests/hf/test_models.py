@@ -142,8 +142,8 @@ def test_t5_generates_what_theirs_does(tmp_path):
     apply, params = jpeft.functional(ours)
     encoded = apply(params, IDS)
 
-    def step(params, ids, mask, *, cache, encoded):
-        return apply(params, None, None, ids, mask, encoded=encoded, cache=cache)
+    def step(params, ids, mask, *, cache, last, encoded):
+        return apply(params, None, None, ids, mask, encoded=encoded, cache=cache, last=last)
 
     first = jnp.zeros((2, 1), jnp.int32)
     options = {"new_tokens": 8, "stop": (1,), "extra": {"encoded": encoded}}

@@ -188,7 +188,7 @@ def test_draws_follow_the_probabilities():
     np.testing.assert_allclose(share, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], atol=0.015)
 
 
-def nothing(params, ids, mask, *, cache):
+def nothing(params, ids, mask, *, cache, last):
     raise AssertionError("not reached")
 
 

@@ -248,15 +248,6 @@ def test_packed_texts_equal_rows_of_their_own(kind):
     assert not np.allclose(apply(params, packed), want, atol=1e-2)
 
 
-def test_positions_start_again_with_each_segment_and_skip_padding():
-    from jpeft.models.llama import _segment_positions
-
-    mask = jnp.array([[0, 1, 1, 1, 1, 0], [1, 1, 0, 0, 1, 1]])
-    segments = jnp.array([[0, 1, 1, 2, 2, 0], [1, 1, 0, 2, 2, 3]])
-    want = [[-1, 0, 1, 0, 1, -1], [0, 1, -1, -1, 0, 0]]
-    np.testing.assert_array_equal(_segment_positions(mask, segments), want)
-
-
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
