@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jpeft._near import did_you_mean
 from jpeft.transform import Transform
 
 VERSION = 1
@@ -76,5 +76,4 @@ def _subclasses(cls: type) -> list[type]:
 
 def _suggest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, 1, 0.5)
-    return f": did you mean '{near[0]}'?" if near else f"; there are {', '.join(known)}"
+    return did_you_mean(name, known) or f"; there are {', '.join(known)}"

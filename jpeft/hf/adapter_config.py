@@ -7,12 +7,12 @@ read, or it has no bearing on a trained adapter, or only the values in which it 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jpeft._disk import listed
+from jpeft._near import did_you_mean
 from jpeft.hf.files import CheckpointError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -152,7 +152,7 @@ def read_options(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any
     problems: list[str] = []
     for key, value in config.items():
         if key not in every:
-            problems.append(f"unknown option: {key} = {value!r}{_near(key, every)}")
+            problems.append(f"unknown option: {key} = {value!r}{did_you_mean(key, every)}")
         elif key in known.only and not _among(value, known.only[key]):
             problems.append(f"not supported: {key} = {value!r}")
     options = {**known.read, **{k: v for k, v in config.items() if k in known.read}}
@@ -189,8 +189,3 @@ def _wrong(key: str, value: Any) -> str:
         pattern = isinstance(value, str) and key != "modules_to_save"
         return "" if value is None or names or pattern else "list of names"
     return ""
-
-
-def _near(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, sorted(known), 1, 0.7)
-    return f" (there is {near[0]})" if near else ""

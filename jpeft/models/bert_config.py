@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jpeft.models.layers import ACTIVATIONS
+from jpeft.models.options import check_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +56,8 @@ class BertConfig:
             "is_decoder": False,
             "add_cross_attention": False,
         }
-        for name, value in only.items():
-            if config.get(name, value) != value:
-                raise ValueError(f"{name}={config[name]!r} is not supported: only {value!r}")
         names = {f.name for f in dataclasses.fields(cls)}
+        check_options(config, {*names, "tie_word_embeddings"}, only)
         return cls(**{k: v for k, v in config.items() if k in names})
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jpeft.models.layers import ACTIVATIONS
+from jpeft.models.options import check_options
 
 # What the model does where an option could say otherwise.
 _ONLY: dict[str, Any] = {
@@ -15,6 +16,15 @@ _ONLY: dict[str, Any] = {
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
     "tie_word_embeddings": True,
+}
+# Of heads that this model does not have; `n_ctx` is the old name of what `n_positions` says.
+_UNREAD = {
+    "n_ctx",
+    "summary_activation",
+    "summary_first_dropout",
+    "summary_proj_to_labels",
+    "summary_type",
+    "summary_use_proj",
 }
 
 
@@ -54,10 +64,8 @@ class Gpt2Config:
 
         **Raises:** `ValueError` that names an option that this model does not have.
         """
-        for name, value in _ONLY.items():
-            if config.get(name, value) != value:
-                raise ValueError(f"{name}={config[name]!r} is not supported: only {value!r}")
         names = {f.name for f in dataclasses.fields(cls)}
+        check_options(config, names | _UNREAD, _ONLY)
         values: dict[str, Any] = {k: v for k, v in config.items() if k in names}
         if isinstance(values.get("eos_token_id"), list):
             # A list has no hash, and a model's configuration is part of what programs are kept by.

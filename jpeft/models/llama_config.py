@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jpeft.models.layers import ACTIVATIONS
+from jpeft.models.options import check_options
 from jpeft.models.rope import Rope
 
 _GEMMA: dict[str, Any] = {
@@ -147,8 +148,8 @@ class LlamaConfig:
         if kind not in DEFAULTS:
             raise ValueError(f"model_type is '{kind}': this is the model of {', '.join(DEFAULTS)}")
         merged = {**DEFAULTS[kind], **config}
-        _refuse(merged)
         names = {f.name for f in dataclasses.fields(cls)}
+        check_options(merged, names | _READ, _ONLY)
         own: dict[str, Any] = {k: v for k, v in merged.items() if k in names}
         own["model_type"] = kind
         if kind.startswith("gemma"):
@@ -255,15 +256,23 @@ _ARCHITECTURES = {
 }
 
 
-def _refuse(config: Mapping[str, Any]) -> None:
-    only: dict[str, Any] = {
-        "attention_dropout": 0,
-        "use_bidirectional_attention": False,
-        "quantization_config": None,
-    }
-    for name, value in only.items():
-        if (config.get(name) or value) != value:
-            raise ValueError(f"{name}={config[name]!r} is not supported: only {value!r}")
+_ONLY: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "use_bidirectional_attention": False,
+    "quantization_config": None,
+}
+# Read by name, beside the fields.
+_READ = {
+    "hidden_activation",
+    "max_window_layers",
+    "original_max_position_embeddings",
+    "rope_local_base_freq",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window_pattern",
+    "use_sliding_window",
+}
 
 
 def _window(kind: str, config: Mapping[str, Any]) -> int | None:

@@ -7,9 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from jpeft.models.layers import ACTIVATIONS
+from jpeft.models.options import check_options
 
 # What the model does where an option could say otherwise.
 _ONLY: dict[str, Any] = {"model_type": "t5", "is_encoder_decoder": True, "is_decoder": False}
+# A head's, what `feed_forward_proj` says already, and a length that relative positions do not have.
+_UNREAD = {
+    "classifier_dropout",
+    "dense_act_fn",
+    "is_gated_act",
+    "n_positions",
+    "scale_decoder_outputs",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +67,8 @@ class T5Config:
 
         **Raises:** `ValueError` that names an option that this model does not have.
         """
-        for name, value in _ONLY.items():
-            if config.get(name, value) != value:
-                raise ValueError(f"{name}={config[name]!r} is not supported: only {value!r}")
         names = {f.name for f in dataclasses.fields(cls)}
+        check_options(config, names | _UNREAD, _ONLY)
         values: dict[str, Any] = {k: v for k, v in config.items() if k in names}
         # transformers 5 writes that the words are tied always, and here that they are not.
         values["tie_word_embeddings"] = bool(

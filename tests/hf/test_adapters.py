@@ -511,7 +511,7 @@ A_0 = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
 REFUSED = {
     "an unknown option": (
         option(use_drora=True),
-        r"unknown option: use_drora = True \(there is use_",
+        r"unknown option: use_drora = True: did you mean 'use_",
     ),
     "an unsupported option": (
         option(layer_replication=[[0, 2]]),

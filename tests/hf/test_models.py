@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import jpeft
 from jpeft.hf import CheckpointError, load_adapter, load_model, save_adapter, save_model
 from jpeft.hf.models import KINDS, read_kind
+from jpeft.models.bert import BertConfig
 from jpeft.models.llama import Llama, LlamaConfig
 from jpeft.paths import flatten
 from tests.models import test_llama
@@ -265,6 +266,14 @@ NORM = "model.norm.weight"
 DAMAGE = {
     "another type": (option(model_type="mamba"), "'mamba': there are gpt2, t5, llama"),
     "an option": (option(quantization_config={"bits": 4}), "quantization_config"),
+    "an unknown option": (
+        option(partial_rotary_factor=0.5),
+        "unknown option partial_rotary_factor=0.5",
+    ),
+    "a misspelt option": (
+        option(num_attention_head=2),
+        "num_attention_head=2: did you mean 'num_attention_heads'",
+    ),
     "integers": (
         edited(lambda t: {**t, NORM: t[NORM].astype(np.int32)}),
         f"mistyped: {NORM} is I32, not one of F64, F32",
@@ -310,6 +319,21 @@ def test_a_flipped_or_cut_header_is_an_error_or_another_model(data, folder, tmp_
         for model in (found, load_model(folder)[0])
     ]
     assert shapes[0] == shapes[1]
+
+
+def test_options_that_are_off_or_of_no_bearing_pass(folder, tmp_path):
+    more = {"use_cache": True, "_commit_hash": "abc", "some_new_option": None, "torch_dtype": "x"}
+    option(**more)(copied(folder, tmp_path))
+    np.testing.assert_array_equal(load_model(tmp_path)[0](IDS), load_model(folder)[0](IDS))
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("kind", ["bert", "roberta", *KINDS])
+def test_every_option_that_transformers_writes_is_known(kind):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(kind).to_dict()
+    read = BertConfig if kind in ("bert", "roberta") else KINDS[kind].config
+    read.from_hf(config)
 
 
 def test_every_family_has_a_model():
