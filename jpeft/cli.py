@@ -163,16 +163,17 @@ def _tensor_table(files: list[pathlib.Path]) -> Table:
 def merge(config: Merge, console: Console) -> None:
     """Load, rewrite, merge, write."""
     import jpeft
-    from jpeft.hf import load_adapter, load_model, save_model
-    from jpeft.hf.models import copy_tokenizer, read_kind
+    from jpeft.hf import load_adapter
+    from jpeft.hf.models import copy_tokenizer, open_model
 
     if (config.out / "config.json").exists() and not config.overwrite:
         raise ValueError(f"{config.out} holds a model: pass --overwrite, or another --out")
-    kind, _ = read_kind(config.model)
-    model, _ = load_model(config.model, dtype=config.dtype)
-    apply, params = jpeft.functional(model)
-    transform, state = load_adapter(config.adapter, params, kind.family, uses=_uses(apply, params))
-    save_model(model, config.out, jpeft.merge(transform.rewrite(params, state)))
+    opened = open_model(config.model, config.dtype)
+    apply, params = jpeft.functional(opened.model)
+    transform, state = load_adapter(
+        config.adapter, params, opened.family, uses=_uses(apply, params)
+    )
+    opened.save(config.out, jpeft.merge(transform.rewrite(params, state)))
     copy_tokenizer(config.model, config.out)
     console.print(f"written to {config.out}", highlight=False)
 
@@ -180,23 +181,24 @@ def merge(config: Merge, console: Console) -> None:
 def convert(config: Convert, console: Console) -> None:
     """Read one format, write the other."""
     import jpeft
-    from jpeft.hf import load_adapter, load_model, save_adapter
-    from jpeft.hf.models import read_kind
+    from jpeft.hf import load_adapter, save_adapter
+    from jpeft.hf.models import open_model
 
     if config.out.exists() and not config.overwrite:
         raise ValueError(f"{config.out} stands already: pass --overwrite, or another --out")
-    kind, _ = read_kind(config.model)
-    model, _ = load_model(config.model)
-    apply, params = jpeft.functional(model)
+    opened = open_model(config.model)
+    apply, params = jpeft.functional(opened.model)
     uses = _uses(apply, params)
     if config.adapter.is_dir():
-        transform, state = load_adapter(config.adapter, params, kind.family, uses=uses)
+        transform, state = load_adapter(config.adapter, params, opened.family, uses=uses)
         config.out.parent.mkdir(parents=True, exist_ok=True)
         jpeft.save(config.out, state, transform)
     else:
         transform, state = jpeft.restore(config.adapter, params, uses=uses)
-        about: dict[str, Any] = {"base_model_name": str(config.model), "task_type": "CAUSAL_LM"}
-        save_adapter(config.out, transform, state, params, kind.family, **about)
+        kind = type(opened.model).__name__
+        task = "SEQ_CLS" if "Sequence" in kind else "SEQ_2_SEQ_LM" if kind == "T5" else "CAUSAL_LM"
+        about: dict[str, Any] = {"base_model_name": str(config.model), "task_type": task}
+        save_adapter(config.out, transform, state, params, opened.family, uses=uses, **about)
     console.print(f"written to {config.out}", highlight=False)
 
 
@@ -262,4 +264,6 @@ def _uses(apply: Any, params: Any) -> Any:
 
     import jpeft
 
-    return jpeft.uses(apply, params, jnp.zeros((1, 4), jnp.int32))
+    ids = jnp.zeros((1, 4), jnp.int32)
+    more = {"decoder_input_ids": ids} if "decoder" in params else {}
+    return jpeft.uses(apply, params, ids, **more)

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,12 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from jpeft.functional import functional
-from jpeft.hf.checkpoints import load_module
+from jpeft.hf.checkpoints import (
+    bert_family,
+    load_module,
+    load_sequence_classifier,
+    save_sequence_classifier,
+)
 from jpeft.hf.files import CheckpointError, read_config, read_json, write
 from jpeft.hf.names import Family
 from jpeft.hf.params import LoadReport, lazy_tensors
@@ -136,6 +141,37 @@ def save_model(
     family = KINDS[config["model_type"]].family
     config["dtype"] = str(jax.tree.leaves(params)[0].dtype)
     write(pathlib.Path(directory), config, lazy_tensors(params, family), shard_bytes)
+
+
+class Opened(NamedTuple):
+    """A model of any kind: the module, its names in files, and what writes a directory of it with
+    other parameters.
+    """
+
+    model: Any
+    family: Family
+    save: Callable[[pathlib.Path, Any], None]
+
+
+def open_model(directory: str | pathlib.Path, dtype: Any = jnp.float32) -> Opened:
+    """A language model as `load_model`'s, or a BERT or RoBERTa with a classifier for the labels
+    that its `config.json` names. **Raises:** `CheckpointError`.
+    """
+    directory = pathlib.Path(directory)
+    raw = read_config(directory)
+    kind = raw.get("model_type")
+    if kind not in ("bert", "roberta"):
+        model, _ = load_model(directory, dtype=dtype)
+        return Opened(model, read_kind(directory)[0].family, lambda to, p: save_model(model, to, p))
+    labels: dict[Any, Any] = raw.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
+    names = {int(i): str(n) for i, n in labels.items()}
+    options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "key": jax.random.key(0)}
+    classifier, _ = load_sequence_classifier(directory, len(names), **options)
+    return Opened(
+        classifier,
+        bert_family(kind),
+        lambda to, p: save_sequence_classifier(classifier, to, p, names),
+    )
 
 
 def stop_tokens(directory: str | pathlib.Path) -> tuple[int, ...]:

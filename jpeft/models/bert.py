@@ -18,6 +18,25 @@ from jpeft.models.bert_config import BertConfig as BertConfig
 from jpeft.models.layers import ACTIVATIONS, Remat, dropout, rematerialised
 
 Pooling = Literal["cls", "mean"]
+# The logical axes of every parameter, by a pattern of its path.
+AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"word_embeddings/embedding$", ("vocab", "embed")),
+    (r"position_embeddings/embedding$", ("positions", "embed")),
+    (r"token_type_embeddings/embedding$", ("types", "embed")),
+    (r"embeddings/LayerNorm/(scale|bias)$", ("embed",)),
+    (r"attention/self/(query|key|value)/kernel$", ("layers", "embed", "heads")),
+    (r"attention/self/(query|key|value)/bias$", ("layers", "heads")),
+    (r"attention/output/dense/kernel$", ("layers", "heads", "embed")),
+    (r"intermediate/dense/kernel$", ("layers", "embed", "mlp")),
+    (r"intermediate/dense/bias$", ("layers", "mlp")),
+    (r"layer/output/dense/kernel$", ("layers", "mlp", "embed")),
+    (r"output/dense/bias$", ("layers", "embed")),
+    (r"output/LayerNorm/(scale|bias)$", ("layers", "embed")),
+    (r"(pooler|classifier)/dense/kernel$", ("embed", "embed_out")),
+    (r"(pooler|classifier)/dense/bias$", ("embed_out",)),
+    (r"classifier(/out_proj)?/kernel$", ("embed", "labels")),
+    (r"classifier(/out_proj)?/bias$", ("labels",)),
+)
 
 
 class _Parts:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +79,25 @@ def token_positions(attention_mask: Int[Array, "b t"], start: Any = 0) -> Int[Ar
     """Positions that count the tokens that are no padding, from `start` on; -1 at padding."""
     mask = attention_mask.astype(jnp.int32)
     return jnp.where(mask > 0, jnp.cumsum(mask, axis=1) - 1 + start, -1)
+
+
+def remember(
+    stores: Any, layer: Any, slot: Any, key: Float[Array, "b t k w"], value: Float[Array, "b t k w"]
+) -> tuple[Any, Float[Array, "b s k w"], Float[Array, "b s k w"]]:
+    """All layers' stores with one layer's new keys and values from `slot` on, and what the layer
+    reads: these two with all before them. Without stores (None) what it reads is the new ones.
+
+    A loop over layers carries the stores whole, so that a step writes its tokens in place: stores
+    taken apart by layer would be copied at every step.
+    """
+    if stores is None:
+        return None, key, value
+    stores = tuple(
+        jax.lax.dynamic_update_slice(store, new[None].astype(store.dtype), (layer, 0, slot, 0, 0))
+        for store, new in zip(stores, (key, value), strict=True)
+    )
+    key, value = (store[layer].astype(key.dtype) for store in stores)
+    return stores, key, value
 
 
 def write(store: Any, new: Any, at: Any, axis: int = 1) -> Any:

@@ -38,8 +38,8 @@ AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"ln_f/(scale|bias)$", ("embed",)),
 )
 
-# A layer's keys and values in the cache, `(b, s, h, w)`, or None.
-Kept = tuple[Any, Any] | None
+# All layers' keys and values, or None; the layer's number; the slot that is written.
+Kept = tuple[Any, Any, Any]
 
 
 class _Parts:
@@ -105,18 +105,15 @@ class Attention(nnx.Module):
         x: Float[Array, "b t d"],
         keep: Bool[Array, "b t s"],
         kept: Kept,
-        at: Any,
         keys: tuple[PRNGKeyArray | None, ...],
-    ) -> tuple[Float[Array, "b t d"], Kept]:
-        """The attention's output, and the layer's part of the cache with the new tokens in it."""
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """The attention's output, and the stores with the layer's new keys and values."""
         c = self.config
         query, key, value = (
             part.reshape(*x.shape[:2], c.n_head, c.width)
             for part in jnp.split(self.c_attn(x), 3, axis=-1)
         )
-        if kept is not None:
-            kept = (caches.write(kept[0], key, at), caches.write(kept[1], value, at))
-            key, value = (stored.astype(query.dtype) for stored in kept)
+        stores, key, value = caches.remember(*kept, key, value)
         mixed = causal_attention(
             query,
             key,
@@ -127,7 +124,7 @@ class Attention(nnx.Module):
             rng=keys[0],
             implementation=self.implementation,
         )
-        return dropout(self.c_proj(mixed.reshape(x.shape)), c.resid_pdrop, keys[1]), kept
+        return dropout(self.c_proj(mixed.reshape(x.shape)), c.resid_pdrop, keys[1]), stores
 
 
 class Mlp(nnx.Module):
@@ -156,14 +153,13 @@ class Block(nnx.Module):
         x: Float[Array, "b t d"],
         keep: Bool[Array, "b t s"],
         kept: Kept,
-        at: Any,
         key: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "b t d"], Kept]:
-        """The layer's output, and its part of the cache."""
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """The layer's output, and the stores."""
         keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
-        mixed, kept = self.attn(self.ln_1(x), keep, kept, at, keys[:2])
+        mixed, stores = self.attn(self.ln_1(x), keep, kept, keys[:2])
         x = x + mixed
-        return x + self.mlp(self.ln_2(x), keys[2]), kept
+        return x + self.mlp(self.ln_2(x), keys[2]), stores
 
 
 class Transformer(nnx.Module):
@@ -189,7 +185,7 @@ class Transformer(nnx.Module):
         keep: Bool[Array, "b t s"],
         cache: Cache | None,
         key: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "b t d"], Kept]:
+    ) -> tuple[Float[Array, "b t d"], Any]:
         """The last hidden state, normalised, and all layers' keys and values."""
         first, rest = (None, None) if key is None else jax.random.split(key)
         # Padding has position -1, and nobody reads what stands there.
@@ -197,16 +193,18 @@ class Transformer(nnx.Module):
         x = dropout(x, self.config.embd_pdrop, first)
         graphdef, state = nnx.split(self.h)
         keys = None if rest is None else jax.random.split(rest, self.config.n_layer)
-        kept = None if cache is None else (cache.keys, cache.values)
-        at = None if cache is None else cache.length
+        stores = None if cache is None else (cache.keys, cache.values)
+        slot = None if cache is None else cache.length
 
-        def step(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Kept]:
-            state, kept, key = layer
-            return nnx.merge(graphdef, state)(x, keep, kept, at, key)
+        def step(carry: tuple[Array, Any], layer: tuple[Any, Any, Any]) -> tuple[Any, None]:
+            x, stores = carry
+            state, number, key = layer
+            return nnx.merge(graphdef, state)(x, keep, (stores, number, slot), key), None
 
         body = rematerialised(step, self.remat)
-        x, kept = jax.lax.scan(body, x, (state, kept, keys), unroll=self.unroll)
-        return self.ln_f(x), kept
+        layers = (state, jnp.arange(self.config.n_layer), keys)
+        (x, stores), _ = jax.lax.scan(body, (x, stores), layers, unroll=self.unroll)
+        return self.ln_f(x), stores
 
 
 class Gpt2(nnx.Module):
@@ -278,15 +276,14 @@ class Gpt2(nnx.Module):
         if cache is not None:
             known = caches.write(cache.positions, positions, cache.length)
         keep = may_read(positions, known, query_segments=segment_ids, key_segments=segment_ids)
-        x, kept = self.transformer(input_ids, positions, keep, cache, key)
+        x, stores = self.transformer(input_ids, positions, keep, cache, key)
         if labels is not None:
             return next_token_loss(x, self.head, labels, chunk=chunk)
         x = last_tokens(x, attention_mask) if last else x
         out = x if hidden else self.head(x)
         if cache is None:
             return out
-        assert kept is not None
-        return out, Cache(kept[0], kept[1], known, cache.length + t)
+        return out, Cache(stores[0], stores[1], known, cache.length + t)
 
     def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """The logits, fp32, of last hidden states: products with the table of words."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jpeft.models.cache import Cache, empty_cache, positions_of, write
+from jpeft.models.cache import Cache, empty_cache, positions_of, remember, write
 from jpeft.models.causal import Implementation, causal_attention, may_read
 from jpeft.models.layers import ACTIVATIONS, Remat, last_tokens, rematerialised
 from jpeft.models.llama_config import FULL, SLIDING
@@ -142,14 +142,7 @@ class SelfAttention(nnx.Module):
         # Only models with a local rotary embedding choose among two.
         cos, sin = (x[0] if len(x) == 1 else x[at.sliding] for x in reading.turns)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if stores is not None:
-            stores = tuple(
-                jax.lax.dynamic_update_slice(
-                    store, new[None].astype(store.dtype), (at.layer, 0, reading.slot, 0, 0)
-                )
-                for store, new in zip(stores, (key, value), strict=True)
-            )
-            key, value = (store[at.layer].astype(x.dtype) for store in stores)
+        stores, key, value = remember(stores, at.layer, reading.slot, key, value)
         mixed = reading.attend(query, key, value, at.sliding)
         return self.o_proj(mixed.reshape(b, t, -1)), stores
 
@@ -302,7 +295,6 @@ class Decoder(nnx.Module):
         sliding = jnp.asarray([kind == SLIDING for kind in kinds], jnp.int32)
         at = _At(jnp.arange(len(kinds), dtype=jnp.int32), sliding)
 
-        # A cache is carried whole, so that a step writes its tokens in place and copies none.
         def step(carry: tuple[Array, Any], xs: tuple[Any, _At]) -> tuple[Any, None]:
             x, stores = carry
             return nnx.merge(graphdef, xs[0])(x, reading, xs[1], stores), None

@@ -37,8 +37,9 @@ AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"/final_layer_norm/scale$", ("embed",)),
 )
 
-# A layer's keys and values in the cache, `(b, s, h, w)`, or None.
-Kept = tuple[Any, Any] | None
+# All layers' keys and values, or None; the layer's number; the slot that is written.
+Kept = tuple[Any, Any, Any]
+_NOTHING: Kept = (None, None, None)
 
 
 class _Parts:
@@ -124,18 +125,15 @@ class Attention(nnx.Module):
         keep: Any,
         bias: Any,
         key: PRNGKeyArray | None,
-        kept: Kept = None,
-        at: Any = None,
-    ) -> tuple[Float[Array, "b t d"], Kept]:
-        """What `x` reads of `source`, and the layer's part of the cache with the latter in it.
+        kept: Kept = _NOTHING,
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """What `x` reads of `source`, and the stores with the latter's keys and values.
 
         **Arguments:** `keep`, which broadcasts to `(b, t, s)`; `bias`, or None, `(#b, h, t, s)`.
         """
         query, keys, values = self._heads(self.q(x)), self.k(source), self.v(source)
         keys, values = self._heads(keys), self._heads(values)
-        if kept is not None:
-            kept = (caches.write(kept[0], keys, at), caches.write(kept[1], values, at))
-            keys, values = (stored.astype(query.dtype) for stored in kept)
+        stores, keys, values = caches.remember(*kept, keys, values)
         mixed = causal_attention(
             query,
             keys,
@@ -146,7 +144,7 @@ class Attention(nnx.Module):
             rate=self.config.dropout_rate,
             rng=key,
         )
-        return self.o(mixed.reshape(*x.shape[:2], -1)), kept
+        return self.o(mixed.reshape(*x.shape[:2], -1)), stores
 
 
 class LayerSelfAttention(nnx.Module):
@@ -205,15 +203,14 @@ class Block(nnx.Module):
         encoded: Float[Array, "b s d"] | None,
         encoded_keep: Any,
         kept: Kept,
-        at: Any,
         key: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "b t d"], Kept]:
-        """The layer's output, and its part of the cache."""
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """The layer's output, and the stores."""
         keys = (None,) * 6 if key is None else tuple(jax.random.split(key, 6))
         layer: Any = self.layer
         own, last = layer[0], layer[-1]
         h = own.layer_norm(x)
-        mixed, kept = own.SelfAttention(h, h, keep, bias, keys[0], kept, at)
+        mixed, stores = own.SelfAttention(h, h, keep, bias, keys[0], kept)
         x = x + dropout(mixed, self.rate, keys[1])
         if encoded is not None:
             cross = layer[1]
@@ -222,7 +219,7 @@ class Block(nnx.Module):
             x = x + dropout(mixed, self.rate, keys[3])
         return x + dropout(
             last.DenseReluDense(last.layer_norm(x), keys[4]), self.rate, keys[5]
-        ), kept
+        ), stores
 
 
 class Stack(nnx.Module):
@@ -266,23 +263,26 @@ class Stack(nnx.Module):
         encoded_keep: Any = None,
         cache: Cache | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "b t d"], Kept]:
+    ) -> tuple[Float[Array, "b t d"], Any]:
         """The last hidden state, normalised, and all layers' keys and values."""
         first, rest, last = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = dropout(x, self.config.dropout_rate, first)
         graphdef, state = nnx.split(self.block)
         keys = None if rest is None else jax.random.split(rest, self.layers)
-        kept = None if cache is None else (cache.keys, cache.values)
-        at = None if cache is None else cache.length
+        stores = None if cache is None else (cache.keys, cache.values)
+        slot = None if cache is None else cache.length
 
-        def step(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Kept]:
-            state, kept, key = layer
+        def step(carry: tuple[Array, Any], layer: tuple[Any, Any, Any]) -> tuple[Any, None]:
+            x, stores = carry
+            state, number, key = layer
             block = nnx.merge(graphdef, state)
-            return block(x, keep, bias, encoded, encoded_keep, kept, at, key)
+            kept = (stores, number, slot)
+            return block(x, keep, bias, encoded, encoded_keep, kept, key), None
 
         body = rematerialised(step, self.remat)
-        x, kept = jax.lax.scan(body, x, (state, kept, keys), unroll=self.unroll)
-        return dropout(self.final_layer_norm(x), self.config.dropout_rate, last), kept
+        layers = (state, jnp.arange(self.layers), keys)
+        (x, stores), _ = jax.lax.scan(body, (x, stores), layers, unroll=self.unroll)
+        return dropout(self.final_layer_norm(x), self.config.dropout_rate, last), stores
 
 
 class T5(nnx.Module):
@@ -363,7 +363,7 @@ class T5(nnx.Module):
         known = (
             positions if cache is None else caches.write(cache.positions, positions, cache.length)
         )
-        x, kept = self.decoder(
+        x, stores = self.decoder(
             self.shared(decoder_input_ids),
             may_read(positions, known),
             self.decoder.bias(positions, known),
@@ -378,9 +378,8 @@ class T5(nnx.Module):
         out = x if hidden else self.head(x)
         if cache is None:
             return out
-        assert kept is not None
         length = cache.length + decoder_input_ids.shape[1]
-        return out, Cache(kept[0], kept[1], known, length)
+        return out, Cache(stores[0], stores[1], known, length)
 
     def encode(
         self,

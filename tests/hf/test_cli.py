@@ -15,8 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import jpeft
 from jpeft.cli import main
 from jpeft.hf import load_adapter, load_model, save_adapter, save_model
-from jpeft.hf.models import LLAMA, stop_tokens
+from jpeft.hf.models import LLAMA, open_model, stop_tokens
 from jpeft.models.llama import Llama, LlamaConfig
+from jpeft.models.t5 import T5, T5Config
+from tests.tiny import write_model
 
 IDS = jnp.array([[1, 5, 9, 3]])
 
@@ -84,6 +86,61 @@ def test_convert_there_and_back(base, adapter, tmp_path):
     transform, state = load_adapter(again, params, LLAMA, uses=jpeft.uses(apply, params, IDS))
     got = jpeft.lift(apply)(transform.rewrite(params, state), IDS)
     np.testing.assert_allclose(got, jpeft.lift(apply)(rewritten, IDS), atol=1e-5)
+
+
+def test_a_classifier_is_merged_too(tmp_path):
+    folder = write_model(tmp_path / "bert")
+    model, family, _ = open_model(folder)
+    apply, params = jpeft.functional(model)
+    method = jpeft.chain(jpeft.LoRA(2, 8.0, r"query/kernel$"), jpeft.Train("^classifier/"))
+    state = method.init(jax.random.key(0), params, uses=jpeft.uses(apply, params, IDS))
+    state = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(1), x.shape), state)
+    save_adapter(tmp_path / "adapter", method, state, params, family, task_type="SEQ_CLS")
+    out = tmp_path / "merged"
+    arguments = ["merge", "--model", str(folder), "--adapter", str(tmp_path / "adapter")]
+    assert main([*arguments, "--out", str(out)]) == 0
+    merged = open_model(out).model(IDS)
+    want = jpeft.lift(apply)(method.rewrite(params, state), IDS)
+    np.testing.assert_allclose(merged, want, atol=1e-4)
+    assert not np.allclose(merged, apply(params, IDS), atol=1e-2)
+    assert (out / "vocab.txt").is_file()
+
+
+def test_a_t5_adapter_is_converted(tmp_path):
+    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    save_model(T5(config, rngs=nnx.Rngs(0)), tmp_path / "t5")
+    model, family, _ = open_model(tmp_path / "t5")
+    apply, params = jpeft.functional(model)
+    method = jpeft.LoRA(2, 8.0, r"/[qv]/kernel$")
+    uses = jpeft.uses(apply, params, IDS, decoder_input_ids=IDS)
+    state = method.init(jax.random.key(0), params, uses=uses)
+    jpeft.save(tmp_path / "state.safetensors", state, method)
+    common = ["convert", "--model", str(tmp_path / "t5"), "--adapter"]
+    out = tmp_path / "adapter"
+    assert main([*common, str(tmp_path / "state.safetensors"), "--out", str(out)]) == 0
+    assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    _, again = load_adapter(out, params, family, uses=uses)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def damaged_json(folder):
+    (folder / "adapter_config.json").write_text("{")
+
+
+def no_object(folder):
+    (folder / "adapter_config.json").write_text("[1]")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(damaged_json, "cannot be read as JSON"), (no_object, "holds no JSON object")],
+)
+def test_inspect_of_a_damaged_adapter(damage, message, adapter, capsys):
+    damage(adapter[0])
+    assert main(["inspect", str(adapter[0])]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "adapter_config.json" in said
 
 
 def test_generate(base, adapter, capsys):

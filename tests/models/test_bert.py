@@ -9,7 +9,8 @@ from flax import nnx
 import jpeft
 from jpeft.hf import load_sequence_classifier
 from jpeft.models.attention import attention
-from jpeft.models.bert import BertConfig, BertForSequenceClassification
+from jpeft.models.bert import AXES, BertConfig, BertForSequenceClassification
+from tests.models.theirs import check_axes
 from tests.tiny import tiny_config
 
 KINDS = ("bert", "roberta")
@@ -136,3 +137,11 @@ def test_errors():
         model_of(pooling="max")
     with pytest.raises(ValueError, match=r"unheard"):
         BertConfig.from_hf({"model_type": "bert", "hidden_act": "unheard"})
+
+
+def test_every_parameter_has_its_logical_axes():
+    models = [
+        BertForSequenceClassification(tiny_config(kind), 3, rngs=nnx.Rngs(0), pooling="cls")
+        for kind in ("bert", "roberta")
+    ]
+    check_axes(AXES, *(jpeft.functional(m).params for m in models))

@@ -1,13 +1,19 @@
 """Generation: transformers' tokens, one program, every method, sampling's rules."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jpeft
 from jpeft import left_padded
 from jpeft.hf import load_model
+from jpeft.models.llama import Llama, LlamaConfig
+from tests.models.theirs import large
 
 KEY = jax.random.key(0)
 PROMPTS = [[5, 9, 11, 3, 8], [7, 2], [30, 31, 32]]
@@ -158,12 +164,108 @@ def test_a_rewritten_tree_generates_what_no_cache_would(pair, method):
     ).tokens
     plain = our_tokens(ours, apply, params, new_tokens=n).tokens
     assert not np.array_equal(got, plain)
+    np.testing.assert_array_equal(got, greedy_without_cache(apply, tree, ids, mask, n))
+
+
+OWN = LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+QV = r"[qv]_proj/kernel$"
+METHODS = {
+    "rslora": jpeft.LoRA(2, 8.0, QV, rslora=True),
+    "dora": jpeft.LoRA(2, 8.0, QV, dora=True),
+    "dylora": jpeft.DyLoRA(2, 8.0, QV),
+    "tied": jpeft.LoRA(2, 8.0, "embed_tokens/embedding$"),
+    "adapter": jpeft.pfeiffer(4, r"down_proj/kernel$"),
+    "parallel": jpeft.parallel_adapter(4, r"down_proj/kernel$"),
+    "ia3": jpeft.IA3(r"[kv]_proj/kernel$", r"down_proj/kernel$"),
+    "norms": jpeft.Train(r"norm/scale$"),
+    "subspace": jpeft.Subspace(20),
+    "chain": jpeft.chain(
+        jpeft.LoRA(2, 8.0, QV), jpeft.PromptTuning(3, "embed_tokens/embedding$", "uniform")
+    ),
+}
+
+
+def trained(transform, apply, params, seed=0):
+    """A state that is far from its start."""
+    uses = jpeft.uses(apply, params, jnp.zeros((1, 4), jnp.int32))
+    state = transform.init(KEY, params, uses=uses)
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(state))))
+    return jax.tree.map(lambda x: x + 0.4 * jax.random.normal(next(keys), x.shape), state)
+
+
+@functools.cache
+def own(tied=False):
+    model = Llama(dataclasses.replace(OWN, tie_word_embeddings=tied), rngs=nnx.Rngs(0))
+    apply, params = jpeft.functional(model)
+    return model, apply, large(params, scale=0.3)
+
+
+def greedy_without_cache(apply, tree, ids, mask, n):
     forward = jax.jit(jpeft.lift(lambda p, i, m: apply(p, i, m)))
-    for i in range(n):
-        nxt = jnp.argmax(forward(tree, ids, mask)[:, -1], -1).astype(jnp.int32)
-        np.testing.assert_array_equal(got[:, i], nxt)
-        ids = jnp.concatenate([ids, nxt[:, None]], axis=1)
-        mask = jnp.concatenate([mask, jnp.ones_like(nxt)[:, None]], axis=1)
+    out = []
+    for _ in range(n):
+        out.append(jnp.argmax(forward(tree, ids, mask)[:, -1], -1).astype(jnp.int32))
+        ids = jnp.concatenate([ids, out[-1][:, None]], axis=1)
+        mask = jnp.concatenate([mask, jnp.ones_like(mask[:, :1])], axis=1)
+    return jnp.stack(out, axis=1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_generates_what_no_cache_would(name):
+    transform = METHODS[name]
+    model, apply, params = own(name == "tied")
+    state = trained(transform, apply, params)
+    tree, steps = (t.rewrite(params, state) for t in (transform, transform.decoding()))
+    batch = dict(
+        zip(("input_ids", "attention_mask"), map(jnp.asarray, left_padded(PROMPTS)), strict=True)
+    )
+    room = jpeft.room(transform)
+    if room:
+        batch = jpeft.virtual_tokens(batch, length=room, first=OWN.vocab_size)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    options = {"cache": model.empty_cache(3, ids.shape[1] + 5), "new_tokens": 5}
+    got = jpeft.generate(apply, tree, ids, mask, decode_params=steps, **options).tokens
+    np.testing.assert_array_equal(got, greedy_without_cache(apply, tree, ids, mask, 5))
+    assert not np.array_equal(got, jpeft.generate(apply, params, ids, mask, **options).tokens)
+
+
+@pytest.mark.parametrize("name", ["rslora", "ia3"])
+def test_each_row_of_a_batch_by_its_own_task(name):
+    transform = METHODS[name]
+    model, apply, params = own()
+    states = [trained(transform, apply, params, seed) for seed in (1, 2)]
+    ids, mask = map(jnp.asarray, left_padded(PROMPTS))
+    tree = transform.rewrite(params, jpeft.stack(states), task=jnp.array([1, -1, 0]))
+    options = {"cache": model.empty_cache(3, ids.shape[1] + 6), "new_tokens": 6}
+    got = jpeft.generate(apply, tree, ids, mask, **options).tokens
+    trees = [transform.rewrite(params, states[1]), params, transform.rewrite(params, states[0])]
+    for row, alone in enumerate(trees):
+        want = jpeft.generate(apply, alone, ids, mask, **options).tokens
+        np.testing.assert_array_equal(got[row], want[row])
+    assert len({tuple(np.asarray(r)) for r in got}) == 3
+
+
+def test_half_precision():
+    _, apply, params = own()
+    half = Llama(OWN, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    run = jpeft.functional(half).apply
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    ids, mask = map(jnp.asarray, left_padded(PROMPTS))
+    cache = half.empty_cache(3, ids.shape[1] + 6)
+    assert cache.keys.dtype == jnp.bfloat16
+    got = jpeft.generate(run, low, ids, mask, cache=cache, new_tokens=6).tokens
+    assert len({tuple(np.asarray(r)) for r in got}) == 3
+    # Every choice is, in fp32, one whose logit is within rounding of the best.
+    ids, mask = (
+        jnp.concatenate([ids, got], axis=1),
+        jnp.pad(mask, ((0, 0), (0, 6)), constant_values=1),
+    )
+    logits = apply(params, ids, mask)[:, -7:-1]
+    chosen = jnp.take_along_axis(logits, got[..., None], axis=2)[..., 0]
+    assert (logits.max(-1) - chosen).max() < 0.15 * float(logits.std())
 
 
 @pytest.mark.interop

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jpeft.models.llama import AXES, Llama, LlamaConfig
 from jpeft.models.rope import Rope, inverse_frequencies
 from jpeft.models.shifted import shifted_attention
 from jpeft.paths import flatten, replace
+from tests.models.theirs import check_axes
 
 FAMILY = Family(stacks=("model/layers",))
 SHAPE = {
@@ -316,14 +316,13 @@ def test_virtual_tokens_with_and_without_a_cache(kind, method):
     np.testing.assert_allclose(got[:, 0], want[:, -1], atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_has_axes(kind):
-    options = {"attention_bias": True, "mlp_bias": kind == "llama", **KINDS[kind]}
-    model = Llama(config_of(kind, **options), rngs=nnx.Rngs(0))
-    for path, leaf in flatten(jpeft.functional(model).params).items():
-        found = [axes for pattern, axes in AXES if re.search(pattern, path)]
-        assert len(found) == 1, path
-        assert len(found[0]) == leaf.ndim
+def test_every_parameter_has_axes():
+    options = {"attention_bias": True, "mlp_bias": True}
+    models = [
+        Llama(config_of(kind, **{**options, **more}), rngs=nnx.Rngs(0))
+        for kind, more in KINDS.items()
+    ]
+    check_axes(AXES, *(jpeft.functional(m).params for m in models))
 
 
 @pytest.mark.parametrize("window", [None, 3])
