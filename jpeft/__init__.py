@@ -39,6 +39,7 @@ from jpeft.paths import TargetError as TargetError
 from jpeft.prefix import Prefix as Prefix
 from jpeft.prefix import PrefixTuning as PrefixTuning
 from jpeft.prompt import PromptTuning as PromptTuning
+from jpeft.prompt import first_virtual_id as first_virtual_id
 from jpeft.prompt import room as room
 from jpeft.prompt import virtual_tokens as virtual_tokens
 from jpeft.rewrite import lift as lift

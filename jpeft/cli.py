@@ -232,7 +232,7 @@ def generate(config: Generate, console: Console) -> None:
         steps = transform.decoding().rewrite(params, state)
         room = jpeft.room(transform)
         if room:
-            first = model.config.vocab_size
+            first = jpeft.first_virtual_id(transform, model.config.vocab_size)
             batch = jpeft.virtual_tokens(batch, length=room, first=first)
     sampling = jpeft.Sampling(config.temperature, config.top_k, config.top_p)
     pieces = jpeft.stream(

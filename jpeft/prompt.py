@@ -211,6 +211,13 @@ def room(transform: Transform) -> int:
     return max([prompts, *(t.after + t.length for t in inside if isinstance(t, PrefixTuning))])
 
 
+def first_virtual_id(transform: Transform, rows: int) -> int:
+    """The `first` of `virtual_tokens` for a transform, and a table of so many rows: a prompt's ids
+    follow the table's, a prefix's are read by nobody and are 0.
+    """
+    return rows if any(isinstance(t, PromptTuning) for t in chained(transform)) else 0
+
+
 def virtual_tokens(
     batch: dict[str, Int[Array, "b t"]],
     *,

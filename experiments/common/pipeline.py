@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain.python as grain
@@ -45,11 +45,22 @@ class Batches(grain.IterDataset[Batch]):
     Within an epoch, runs of `16 * batch` shuffled examples are sorted by length and cut into
     batches, whose order is shuffled again: like lengths share a batch, order stays random.
     Its iterator has `get_state` and `set_state`.
+
+    **Arguments:** `examples`, each with its `ids`; `to_batch`, what makes a batch of some,
+    `collate` where left out.
     """
 
-    def __init__(self, examples: Sequence[Example], shapes: Shapes, pad: int, seed: int) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Any],
+        shapes: Shapes,
+        pad: int,
+        seed: int,
+        to_batch: Callable[[Sequence[Any], Shapes, int], Batch] | None = None,
+    ) -> None:
         super().__init__()
         self.examples, self.shapes, self.pad, self.seed = examples, shapes, pad, seed
+        self.to_batch = collate if to_batch is None else to_batch
 
     @property
     def per_epoch(self) -> int:
@@ -87,7 +98,7 @@ class BatchIterator(grain.DatasetIterator[Batch]):
         b = self.batches
         chosen = [b.examples[i] for i in self.order[self.position]]
         self.position += 1
-        return collate(chosen, b.shapes, b.pad)
+        return b.to_batch(chosen, b.shapes, b.pad)
 
     def get_state(self) -> dict[str, Any]:
         """A JSON-able state."""

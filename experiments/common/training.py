@@ -109,10 +109,16 @@ class Trainer:
 
     def init(self) -> tuple[Any, Any]:
         """The trained arrays and the optimiser's state, at the start."""
-        one = [jnp.zeros((1, 8), jnp.int32)] * 3
-        uses = jpeft.uses(self.apply, self.params, *one)
-        state = self.transform.init(jax.random.key(self.seed), self.params, uses=uses)
+        state = self.transform.init(jax.random.key(self.seed), self.params, uses=self.uses())
         return state, self.schedule.optimiser().init(state)
+
+    def uses(self) -> Any:
+        """How the model reads its parameters."""
+        return jpeft.uses(self.apply, self.params, *[jnp.zeros((1, 8), jnp.int32)] * 3)
+
+    def loss(self, rewritten: Any, batch: Any, key: Any) -> Any:
+        """The loss of a batch; `key` is None where the model's dropout is off."""
+        return loss_of(self.forward(rewritten, batch, key), batch["labels"], batch["valid"])
 
     def key(self, step: int) -> PRNGKeyArray:
         """The key of a step. The compiled step is given it: it is one program for all seeds."""
@@ -122,8 +128,7 @@ class Trainer:
         def loss(state: Any) -> Any:
             own, models = jax.random.split(key)
             rewritten = self.transform.rewrite(params, state, key=own)
-            outputs = self.forward(rewritten, batch, models if self.dropout else None)
-            return loss_of(outputs, batch["labels"], batch["valid"])
+            return self.loss(rewritten, batch, models if self.dropout else None)
 
         value, grads = jax.value_and_grad(loss)(state)
         updates, moments = self.schedule.optimiser().update(grads, moments, state)
@@ -210,7 +215,7 @@ def train(
             iterator.set_state(data["data"])
             kept = ("step", "tokens", "seconds", "timed", "losses")
             progress = Progress(**{k: data[k] for k in kept})
-        compiled: set[int] = set()
+        compiled: set[Any] = set()
         with _stop_on_interrupt() as stopped:
             while progress.step < trainer.schedule.steps:
                 batch = next(iterator)
@@ -236,7 +241,7 @@ def train(
 
 
 def _record(
-    progress: Progress, batch: Batch, loss: float, seconds: float, compiled: set[int]
+    progress: Progress, batch: Batch, loss: float, seconds: float, compiled: set[Any]
 ) -> None:
     progress.step += 1
     if not np.isfinite(loss):
@@ -244,12 +249,12 @@ def _record(
             f"the loss is {loss} at step {progress.step}: try a lower --lr, or --dtype float32"
         )
     progress.losses.append(loss)
-    length = batch["input_ids"].shape[1]
-    if length in compiled:
+    shapes = tuple(x.shape for x in batch.values())
+    if shapes in compiled:
         progress.seconds += seconds
         progress.timed += 1
         progress.tokens += int(batch["attention_mask"].sum())
-    compiled.add(length)  # the first step of each length compiles, and is no measure
+    compiled.add(shapes)  # the first step of each shape compiles, and is no measure
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -194,6 +195,28 @@ class LlamaConfig:
         if self.local_rope is not None:
             out["rope_local_base_freq"] = self.local_rope.rope_theta
         return out
+
+    def extended(self, length: int) -> LlamaConfig:
+        """For texts of `length` tokens: rotary positions interpolated linearly, by
+        `ceil(length / max_position_embeddings)`; itself where that is no longer.
+
+        Gemma 3's layers with a sliding window read no further than before: theirs stay.
+
+        **Raises:** `ValueError` where the positions are scaled already.
+
+        Source: Chen et al. 2023 (position interpolation); Chen et al. 2024 trains LongLoRA so.
+        """
+        trained = self.max_position_embeddings
+        if length <= trained:
+            return self
+        if self.rope.rope_type != "default":
+            raise ValueError(
+                f"rotary positions are scaled already ('{self.rope.rope_type}'): only a config "
+                "without a scaling can be extended"
+            )
+        factor = float(math.ceil(length / trained))
+        rope = dataclasses.replace(self.rope, rope_type="linear", factor=factor)
+        return dataclasses.replace(self, rope=rope, max_position_embeddings=length)
 
     @property
     def kv_heads(self) -> int:

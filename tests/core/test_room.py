@@ -23,3 +23,8 @@ LORA = jpeft.LoRA(2, 2.0, "kernel$")
 )
 def test_room(transform, want):
     assert jpeft.room(transform) == want
+
+
+def test_a_prompts_ids_follow_the_tables():
+    assert jpeft.first_virtual_id(jpeft.chain(LORA, PROMPT), 40) == 40
+    assert jpeft.first_virtual_id(jpeft.chain(LORA, PREFIX), 40) == 0

@@ -1,0 +1,361 @@
+"""Fine-tune a language model on prompts and answers, by any method.
+
+Without arguments: a small Llama over bytes, which knows nothing, on the sample of this package.
+Decoders (Llama and its kin, GPT-2) read the prompt before the answer, T5 in its encoder; the loss
+is on the answer alone. The held-out data are scored by their loss, and by answers generated to
+their prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import jpeft
+from experiments.common import runtime
+from experiments.common.command import claim, command
+from experiments.common.console import bar
+from experiments.common.logs import MetricsLog
+from experiments.common.methods import Method, PromptStart, Sizes
+from experiments.common.pairs import Pair, Pairs, PairTask, load_pairs
+from experiments.common.report import describe_machine, peak_memory, versions, write_json
+
+if TYPE_CHECKING:
+    from experiments.common.decoders import Loaded
+    from experiments.common.language import LanguageTrainer, Render, Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to train, on what, and how."""
+
+    task: PairTask = "sample"
+    """The data: instructions, GSM8K, E2E, WikiSQL, multiple choice, or json of your own."""
+    data: pathlib.Path | None = None
+    """Folder with the task's files."""
+    model: str = "tiny"
+    """A directory in Hugging Face's layout, a name on the hub, a llama2.c file, or `tiny`."""
+    vocabulary: pathlib.Path | None = None
+    """The vocabulary of a llama2.c file."""
+    adapter: pathlib.Path | None = None
+    """An adapter to go on from, in HF PEFT's layout or a file of jpeft.save; it sets the method."""
+    method: Method | None = None
+    """What is trained; without it LoRA, and all of `tiny`."""
+    rank: int = 8
+    """LoRA's rank, and that of its kin."""
+    alpha: float = 16.0
+    """LoRA's alpha; updates are scaled by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """LoRA's targets: regular expressions on parameter paths; without them query and value."""
+    lora_dropout: float = 0.0
+    """Dropout of the low-rank branch's input."""
+    lora_plus: float | None = None
+    """LoRA+'s ratio: B matrices learn so many times as fast as the rest."""
+    bottleneck: int = 64
+    """The adapters' size."""
+    prompt: int = 20
+    """Virtual tokens of a prompt or a prefix."""
+    prompt_start: PromptStart = "vocabulary"
+    """Where a prompt starts: drawn words' embeddings, or uniform in [-0.5, 0.5]."""
+    dimensions: int = 2000
+    """The subspaces' dimensions."""
+    template: str = "{prompt}"
+    """What the model reads, with the task's prompt at {prompt}."""
+    chat: bool = False
+    """Put the prompt into the model's own chat template."""
+    pack: bool = False
+    """Several pairs in a row of --length tokens, none reading another (decoders)."""
+    length: int = 512
+    """The most tokens of a pair; longer ones are left out."""
+    lr: float | None = None
+    """The peak learning rate; without it the method's own (experiments/common/decoders.py)."""
+    epochs: int = 1
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Stop after so many steps."""
+    batch: int = 16
+    """Rows a step."""
+    limit: int | None = None
+    """Use only so many pairs of the training data, the first."""
+    held_out: int = 200
+    """Pairs of the held-out data whose loss is taken, the first."""
+    generate: int = 50
+    """Prompts of the held-out data that are answered, the first; 0 for none."""
+    new_tokens: int = 64
+    """The most tokens of an answer."""
+    beams: int = 1
+    """Beams of the search; 1 takes the likeliest token always."""
+    length_penalty: float = 1.0
+    """Of the beam search."""
+    seed: int = 0
+    """Of the start, the order of the data and dropout."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in; trained arrays are float32 in either case."""
+    remat: bool = False
+    """Forget activations and compute them again in the backward pass."""
+    dropout: bool = True
+    """The model's own dropout in training."""
+    out: pathlib.Path | None = None
+    """Folder for result.json, metrics.jsonl, the adapter, the answers and checkpoints."""
+    resume: bool = False
+    """Go on from the last checkpoint in --out."""
+    overwrite: bool = False
+    """Throw away what --out holds."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    tensorboard: bool = False
+    """Write TensorBoard events into --out too."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the method is built from."""
+        names = {f.name for f in dataclasses.fields(Sizes)} & {
+            f.name for f in dataclasses.fields(self)
+        }
+        return Sizes(**{n: getattr(self, n) for n in names})
+
+    @property
+    def chosen(self) -> Method:
+        """The method."""
+        return self.method or ("full" if self.model == "tiny" else "lora")
+
+
+def main(config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Train, score, print and write; returns what `result.json` holds."""
+    import jax
+    import jax.numpy as jnp
+
+    from experiments.common.decoders import load
+    from experiments.common.language import batches, encode, packed
+    from experiments.common.scores import SCORES
+    from experiments.common.training import train
+
+    console = console or Console()
+    start = time.perf_counter()
+    check(config)
+    claim(config)
+    pairs = load_pairs(config.task, config.data)
+    if config.generate:
+        for name in pairs.metrics:
+            SCORES[name](["a"], [["a"]])  # what is not installed is told before training
+    key = jax.random.key(config.seed)
+    options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "remat": config.remat, "key": key}
+    loaded = load(config.model, config.vocabulary, console, **options)
+    render = renderer(config, loaded)
+    two_sided = loaded.two_sided
+    if config.pack and two_sided:
+        raise ValueError("--pack is for decoders: this model has an encoder")
+    how = (loaded.codec, render, config.length, two_sided)
+    (examples, longer), (held, longer_held) = (
+        encode(part, *how)
+        for part in (pairs.train[: config.limit], pairs.validation[: config.held_out])
+    )
+    left_out = longer + longer_held
+    if not examples or not held:
+        raise ValueError(f"every pair has more than --length {config.length} tokens: make it more")
+    console.print(
+        f"{config.task}: {len(examples):,} + {len(held):,} pairs of {pairs.source}"
+        + (f"; {left_out:,} longer than {config.length} tokens are left out" if left_out else "")
+    )
+    rows = packed(examples, config.length) if config.pack else examples
+    made = batches(rows, loaded.codec, config.batch, config.length, config.seed, two_sided)
+    steps = config.max_steps or config.epochs * made.per_epoch
+    trainer = trainer_of(config, loaded, steps)
+    uses = trainer.uses()
+    shown = jpeft.summary(trainer.transform, trainer.params, uses=uses)
+    console.print(str(shown), highlight=False)
+    folder = None if config.out is None else config.out / f"seed{config.seed}"
+    before = held_out_loss(trainer, trainer.init()[0], held, loaded, config)
+    with (
+        MetricsLog(folder, resume=config.resume, tensorboard=config.tensorboard) as metrics,
+        bar(console, config.chosen, steps) as told,
+    ):
+
+        def log(entry: dict[str, Any]) -> None:
+            metrics.write(entry)
+            told(entry["step"], entry["loss"], entry["tokens_per_second"])
+
+        state, progress = train(
+            trainer, made, folder, log=log, resume=config.resume, save_every=config.save_every
+        )
+    after = held_out_loss(trainer, state, held, loaded, config)
+    scores, answers = generated(config, trainer, state, pairs, loaded, render)
+    result = {
+        "config": dataclasses.asdict(config),
+        "data": pairs.source,
+        "left_out": left_out,
+        "trained": shown.trainable,
+        "steps": progress.step,
+        "losses": [round(x, 5) for x in progress.losses],
+        "held_out": {"loss_before": before, "loss": after, "perplexity": math.exp(after)},
+        "scores": scores,
+        "answers": answers[:10],
+        "tokens_per_second": progress.tokens_per_second,
+        "wall_seconds": time.perf_counter() - start,
+        "peak_memory": peak_memory(),
+        "machine": describe_machine(),
+        "versions": versions("sacrebleu"),
+    }
+    console.print(table(result))
+    if config.out is not None and folder is not None:
+        save(config, loaded, trainer, state, folder)
+        write_json(config.out / "result.json", result)
+        console.print(f"written to {config.out}")
+    return result
+
+
+def check(config: Config) -> None:
+    """**Raises:** `ValueError` for options that do not go together."""
+    if "{prompt}" not in config.template:
+        raise ValueError("--template has no {prompt}, where the task's prompt is put")
+    if config.chat and config.template != "{prompt}":
+        raise ValueError("--chat and --template both say how a prompt stands: give one")
+    if config.method in ("head", "top"):
+        raise ValueError(f"--method {config.method} is a classifier's: there is no head here")
+    if config.adapter is not None and config.method is not None:
+        raise ValueError("--adapter brings its method along: leave --method out")
+    if config.pack and config.chosen in ("prompt", "prefix"):
+        raise ValueError("--pack has no place for the virtual tokens of prompts and prefixes")
+
+
+def renderer(config: Config, loaded: Loaded) -> Render:
+    """What makes a prompt as the model reads it."""
+    from experiments.common.texts import chat_template
+
+    if not config.chat:
+        return lambda prompt: config.template.replace("{prompt}", prompt)
+    if loaded.directory is None:
+        raise ValueError(f"--chat: {config.model} has no directory with a chat template")
+    return chat_template(loaded.directory)
+
+
+def trainer_of(config: Config, loaded: Loaded, steps: int) -> LanguageTrainer:
+    """The compiled trainer, from the method's start or an adapter's state."""
+    from experiments.common.decoders import recipes
+    from experiments.common.language import LanguageTrainer, language_uses
+    from experiments.common.training import Schedule
+    from jpeft.hf import load_adapter
+
+    apply, params = jpeft.functional(loaded.model)
+    recipe = recipes(loaded.model)[config.chosen]
+    transform, start = recipe.transform(config.sizes), None
+    if config.adapter is not None:
+        uses = language_uses(apply, params, loaded.two_sided)
+        if config.adapter.is_dir():
+            transform, start = load_adapter(config.adapter, params, loaded.family, uses=uses)
+        else:
+            transform, start = jpeft.restore(config.adapter, params, uses=uses)
+    # What knows nothing has farther to go.
+    rate = 10 * recipe.rate if config.model == "tiny" else recipe.rate
+    rate = rate if config.lr is None else config.lr
+    schedule = Schedule(rate, steps, weight_decay=recipe.decay, ratio=config.lora_plus)
+    room = jpeft.room(transform)
+    first = jpeft.first_virtual_id(transform, loaded.model.config.vocab_size)
+    return LanguageTrainer(
+        apply,
+        params,
+        transform,
+        schedule,
+        config.seed,
+        config.dropout,
+        two_sided=loaded.two_sided,
+        virtual=(room, first),
+        start=start,
+    )
+
+
+def held_out_loss(
+    trainer: LanguageTrainer, state: Any, held: list[Tokens], loaded: Loaded, config: Config
+) -> float:
+    """Nats a token, over all labels."""
+    import jax
+
+    from experiments.common.language import batches
+
+    made = batches(held, loaded.codec, config.batch, config.length, 0, loaded.two_sided)
+
+    @jax.jit
+    def total(params: Any, state: Any, batch: Any) -> Any:
+        return trainer.total(trainer.transform.rewrite(params, state), batch)
+
+    sums = [
+        [float(x) for x in total(trainer.params, state, batch)]
+        for batch, _ in zip(made, range(made.per_epoch), strict=False)
+    ]
+    loss, count = np.sum(sums, axis=0)
+    return float(loss / max(count, 1))
+
+
+def generated(
+    config: Config,
+    trainer: LanguageTrainer,
+    state: Any,
+    pairs: Pairs,
+    loaded: Loaded,
+    render: Render,
+) -> tuple[dict[str, float], list[dict[str, str]]]:
+    """The scores of the answers to the first held-out prompts, and the answers."""
+    from experiments.common.answers import answer
+    from experiments.common.scores import SCORES
+
+    chosen: list[Pair] = pairs.validation[: config.generate]
+    if not chosen:
+        return {}, []
+    prompts = [p.prompt for p in chosen]
+    search = (config.batch, config.new_tokens, config.beams, config.length_penalty)
+    found = answer(trainer, state, prompts, loaded, render, *search)
+    wanted = [p.references or (p.answer,) for p in chosen]
+    scores = {name: SCORES[name](found, wanted) for name in pairs.metrics}
+    shown = [
+        {"prompt": p.prompt, "answer": text, "wanted": refs[0]}
+        for p, text, refs in zip(chosen, found, wanted, strict=True)
+    ]
+    return scores, shown
+
+
+def save(
+    config: Config, loaded: Loaded, trainer: LanguageTrainer, state: Any, folder: pathlib.Path
+) -> None:
+    """The adapter twice: a file of jpeft's, and a directory in HF PEFT's layout, where the model is
+    one of Hugging Face's.
+    """
+    from jpeft.hf import save_adapter
+
+    about = {"method": config.chosen, "task": config.task, "model": config.model}
+    jpeft.save(folder / "adapter.safetensors", state, trainer.transform, about)
+    if loaded.directory is not None:
+        task = "SEQ_2_SEQ_LM" if loaded.two_sided else "CAUSAL_LM"
+        options: dict[str, Any] = {"base_model_name": config.model, "task_type": task}
+        save_adapter(
+            folder / "adapter",
+            trainer.transform,
+            state,
+            trainer.params,
+            loaded.family,
+            uses=trainer.uses(),
+            **options,
+        )
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The held-out loss before and after, and the answers' scores."""
+    out = Table(title=f"{result['config']['task']}, held out")
+    for name in ("loss before", "loss", "perplexity", *result["scores"]):
+        out.add_column(name, justify="right")
+    held = result["held_out"]
+    cells = [f"{held['loss_before']:.4f}", f"{held['loss']:.4f}", f"{held['perplexity']:.2f}"]
+    out.add_row(*cells, *(f"{x:.1f}" for x in result["scores"].values()))
+    return out
+
+
+if __name__ == "__main__":
+    runtime.restart_tuned()
+    sys.exit(command("finetune", Config, main, __doc__))
