@@ -165,6 +165,44 @@ def generation() -> str:
     return f"{markdown(header, rows)}\n\n{tokens} tokens, stories260K, fp32; {source(r)}."
 
 
+def longlora() -> str:
+    """`longlora`: perplexity by context."""
+    r = read("longlora", "stories260k")
+    lengths = [str(n) for n in r["sizes"]["lengths"]]
+    rows = [
+        [
+            name,
+            *(f"{row['perplexity'][n]:.2f}" for n in lengths),
+            *(f"{row[k]:,.0f}" if k in row else "" for k in ("trained", "ms", "mib")),
+        ]
+        for name, row in r["rows"].items()
+    ]
+    header = ["variant", *(f"{n} tokens" for n in lengths), "trained", "ms a step", "MiB"]
+    c = r["config"]
+    about = f"stories260K on novels, {c['steps']} steps of {c['batch']} x {r['sizes']['length']}"
+    return f"{markdown(header, rows)}\n\n{about}, 1 seed; {source(r)}."
+
+
+def finetune() -> str:
+    """`finetune` of stories260K on E2E."""
+    results = {n: read("finetune", f"e2e_{n}") for n in ("lora", "full")}
+    rows = [
+        [
+            name,
+            f"{r['trained']:,}",
+            f"{r['held_out']['loss_before']:.3f}",
+            f"{r['held_out']['loss']:.3f}",
+            f"{r['scores']['bleu']:.1f}",
+        ]
+        for name, r in results.items()
+    ]
+    header = ["method", "trained parameters", "loss before", "loss", "BLEU"]
+    r = results["lora"]
+    c = r["config"]
+    about = f"{c['limit']:,} pairs, {c['epochs']} epochs, BLEU of {c['generate']} meanings"
+    return f"{markdown(header, rows)}\n\n{about}, {c['beams']} beams; {source(r)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "glue": glue,
     "peers": peers,
@@ -172,6 +210,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods": methods,
     "attention": attention,
     "generation": generation,
+    "longlora": longlora,
+    "finetune": finetune,
 }
 
 

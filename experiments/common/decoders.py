@@ -166,14 +166,18 @@ def load(
 
     **Raises:** `ModelError`, `CheckpointError`.
     """
+    path = pathlib.Path(name)
+    if vocabulary is not None and not path.is_file():
+        raise ModelError("--vocabulary goes with a --model in llama2.c's format")
     if name == "tiny":
         rngs = nnx.Rngs(key)
         tiny = Llama(TINY, rngs=rngs, dtype=dtype, remat=remat)
         return Loaded(tiny, byte_codec(), LLAMA, None)
-    path = pathlib.Path(name)
     if path.is_file():
         if vocabulary is None:
             raise ModelError(f"--model {name}: a llama2.c file needs --vocabulary")
+        if not vocabulary.is_file():
+            raise ModelError(f"--vocabulary {vocabulary}: there is no such file")
         model = load_llama2c(path, dtype=dtype)
         return Loaded(model, llama2c_codec(vocabulary, model.config.vocab_size), LLAMA, None)
     directory = fetch_model(name, console)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import lzma
 import pathlib
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,6 @@ import numpy as np
 from experiments.common.readers import DataError
 from experiments.common.sample import SAMPLE
 
-Encode = Callable[[Sequence[str]], list[int]]
-"""Words to the token ids of the text that they are, one space between them."""
 _MOST = 2**31  # bytes that an archive's texts may have: a small file can tell of any size
 
 
@@ -82,51 +79,8 @@ def _decoded(raw: bytes, where: str) -> str:
         raise DataError(f"{where} is not UTF-8 text: {e.reason} at byte {e.start}") from e
 
 
-def read_encoder(model: pathlib.Path | None, vocabulary: pathlib.Path | None, size: int) -> Encode:
-    """The tokenizer of a model with `size` embeddings; bytes where there is no model.
-
-    **Arguments:** `model`, a directory with its tokenizer, or a file of llama2.c, which needs
-    `vocabulary`, its tokenizer's file.
-
-    **Raises:** `ValueError` where the two do not fit; `ModelError` and `CheckpointError` where
-    there is none.
-    """
-    if model is None or model.is_dir():
-        if vocabulary is not None:
-            raise ValueError("--vocabulary goes with a --model in llama2.c's format")
-        if model is None:
-            return lambda words: list(" ".join(words).encode())
-        from experiments.common.tokens import load_tokenizer
-
-        tokenizer = load_tokenizer(model)
-        return lambda words: tokenizer.encode(" ".join(words), add_special_tokens=False).ids
-    if vocabulary is None:
-        raise ValueError(f"--model {model} needs --vocabulary, the .bin of its tokenizer")
-    return _by_word(vocabulary, size)
-
-
-def _by_word(path: pathlib.Path, size: int) -> Encode:
-    from jpeft.models.llama2c import Vocabulary
-
-    if not path.is_file():
-        raise ValueError(f"--vocabulary {path}: there is no such file")
-    pieces = Vocabulary.read(path, size)
-    # Each has a score and a length of four bytes, after the file's first four.
-    whole = 4 + sum(8 + len(p) for p in pieces.pieces)
-    if path.stat().st_size != whole:
-        raise ValueError(f"--vocabulary {path} holds more than the model's {size} pieces")
-
-    # No piece reaches over a space but at its start, so words encode as their text would; the time
-    # of `Vocabulary.encode` grows with the square of the text, and most words come again.
-    @functools.cache
-    def word(text: str) -> list[int]:
-        return pieces.encode(text)[1:]
-
-    return lambda words: [i for w in words for i in word(w)]
-
-
 def draw_rows(
-    texts: Mapping[str, str], encode: Encode, count: int, length: int, rng: Any
+    texts: Mapping[str, str], encode: Callable[[str], list[int]], count: int, length: int, rng: Any
 ) -> np.ndarray:
     """Rows of `length` tokens from random places of random texts, int32 `(count, length)`.
 
@@ -140,7 +94,7 @@ def draw_rows(
         for row in np.flatnonzero(chosen == i):
             # A word has at least one token: so many words suffice, where there are so many.
             start = int(places[row] * max(1, len(words) - length + 1))
-            ids = encode(words[start : start + length])
+            ids = encode(" ".join(words[start : start + length]))
             if len(ids) < length:
                 raise DataError(
                     f"{names[i]} has fewer than the {length} tokens of a row: give longer texts, "

@@ -8,16 +8,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Array, Int
 
 import jpeft
+from experiments.common.language import LanguageTrainer, language_uses
 from experiments.common.pipeline import Batch
-from experiments.common.training import InterruptedRunError, Log, Progress, Trainer, train
+from experiments.common.training import InterruptedRunError, Log, Progress, train
 from jpeft.models.llama import Llama
 
 Apply = Callable[..., Any]
@@ -50,8 +48,8 @@ def perplexities(
 
 
 @dataclasses.dataclass(frozen=True)
-class NextTokens(Trainer):
-    """A `Trainer` of next tokens, whose memory is the step's temporaries alone.
+class NextTokens(LanguageTrainer):
+    """A trainer of next tokens, whose memory is the step's temporaries alone.
 
     **Attributes:** `plain`, the model where `apply` reads no row of 8 tokens: how parameters are
     used does not depend on the attention, but a shifted one needs whole groups.
@@ -59,21 +57,9 @@ class NextTokens(Trainer):
 
     plain: Apply | None = None
 
-    def init(self) -> tuple[Any, Any]:
-        """The trained arrays and the optimiser's state, at the start."""
-        uses = jpeft.uses(self.plain or self.apply, self.params, jnp.zeros((1, 8), jnp.int32))
-        state = self.transform.init(jax.random.key(self.seed), self.params, uses=uses)
-        return state, self.schedule.optimiser().init(state)
-
-    def _step(self, params: Any, state: Any, moments: Any, batch: Any, key: Any) -> Any:
-        def loss(state: Any) -> Any:
-            rewritten = self.transform.rewrite(params, state, key=key)
-            total, count = losses(jpeft.lift(self.apply), rewritten, batch["input_ids"])
-            return total / count
-
-        value, grads = jax.value_and_grad(loss)(state)
-        updates, moments = self.schedule.optimiser().update(grads, moments, state)
-        return optax.apply_updates(state, updates), moments, value
+    def uses(self) -> Any:
+        """How the model reads its parameters."""
+        return language_uses(self.plain or self.apply, self.params, two_sided=False)
 
     def step_memory(self, batch: Batch) -> dict[str, float]:
         """MiB of one compiled training step: `temporaries`."""
@@ -91,5 +77,5 @@ def train_on(trainer: NextTokens, rows: np.ndarray, log: Log) -> tuple[Any, Prog
 
 
 def batch_of(ids: np.ndarray) -> Batch:
-    """A batch of rows `(b, t)` without padding."""
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    """A batch of rows `(b, t)` without padding; every token is a label."""
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import pathlib
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -148,7 +149,7 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: str | pathlib.Path, size: int) -> Vocabulary:
-        """From a `.bin` file. **Raises:** `CheckpointError` where it has fewer pieces."""
+        """From a `.bin` file. **Raises:** `CheckpointError` where it has not `size` pieces."""
         raw = pathlib.Path(path).read_bytes()
         pieces: list[bytes] = []
         scores: list[float] = []
@@ -165,13 +166,24 @@ class Vocabulary:
         except struct.error as e:
             found = len(pieces)
             raise CheckpointError(f"{path} holds {found} whole pieces, not {size}") from e
+        if at != len(raw):
+            raise CheckpointError(f"{path} holds more than {size} pieces: it is another model's")
         return cls(tuple(pieces), tuple(scores))
 
     def encode(self, text: str) -> list[int]:
         """Token ids, the first of them 1."""
         index = {piece: i for i, piece in enumerate(self.pieces)}
+        if any(b" " in piece[1:] for piece in self.pieces[3:]):
+            parts = [f" {text}"] if text else []
+        else:
+            # No piece reaches over a space but at its start: words are joined each by itself, since
+            # the time for one grows with the square of its length.
+            parts = [f" {word}" for word in text.split(" ")] if text else []
+        return [1, *(i for part in parts for i in self._joined(part, index))]
+
+    def _joined(self, text: str, index: Mapping[bytes, int]) -> list[int]:
         ids: list[int] = []
-        for char in (" " + text) if text else "":
+        for char in text:
             raw = char.encode()
             ids += [index[raw]] if raw in index else [byte + 3 for byte in raw]
         while True:
@@ -181,7 +193,7 @@ class Vocabulary:
                 if (k := index.get(self.pieces[ids[i]] + self.pieces[ids[i + 1]], -1)) >= 0
             ]
             if not joined:
-                return [1, *ids]
+                return ids
             _, at, token = max(joined)
             ids[-at : -at + 2] = [token]
 
