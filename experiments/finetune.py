@@ -250,7 +250,8 @@ def trainer_of(config: Config, loaded: Loaded, steps: int) -> LanguageTrainer:
     if config.adapter is not None:
         uses = language_uses(apply, params, loaded.two_sided)
         if config.adapter.is_dir():
-            transform, start = load_adapter(config.adapter, params, loaded.family, uses=uses)
+            about = {"uses": uses, "config": loaded.model.config}
+            transform, start = load_adapter(config.adapter, params, loaded.family, **about)
         else:
             transform, start = jpeft.restore(config.adapter, params, uses=uses)
     # What knows nothing has farther to go.
@@ -334,6 +335,7 @@ def save(
     if loaded.directory is not None:
         task = "SEQ_2_SEQ_LM" if loaded.two_sided else "CAUSAL_LM"
         options: dict[str, Any] = {"base_model_name": config.model, "task_type": task}
+        options["config"] = loaded.model.config
         save_adapter(
             folder / "adapter",
             trainer.transform,

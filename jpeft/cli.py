@@ -171,7 +171,11 @@ def merge(config: Merge, console: Console) -> None:
     opened = open_model(config.model, config.dtype)
     apply, params = jpeft.functional(opened.model)
     transform, state = load_adapter(
-        config.adapter, params, opened.family, uses=_uses(apply, params)
+        config.adapter,
+        params,
+        opened.family,
+        uses=_uses(apply, params),
+        config=opened.model.config,
     )
     opened.save(config.out, jpeft.merge(transform.rewrite(params, state)))
     copy_tokenizer(config.model, config.out)
@@ -190,7 +194,9 @@ def convert(config: Convert, console: Console) -> None:
     apply, params = jpeft.functional(opened.model)
     uses = _uses(apply, params)
     if config.adapter.is_dir():
-        transform, state = load_adapter(config.adapter, params, opened.family, uses=uses)
+        transform, state = load_adapter(
+            config.adapter, params, opened.family, uses=uses, config=opened.model.config
+        )
         config.out.parent.mkdir(parents=True, exist_ok=True)
         jpeft.save(config.out, state, transform)
     else:
@@ -198,6 +204,7 @@ def convert(config: Convert, console: Console) -> None:
         kind = type(opened.model).__name__
         task = "SEQ_CLS" if "Sequence" in kind else "SEQ_2_SEQ_LM" if kind == "T5" else "CAUSAL_LM"
         about: dict[str, Any] = {"base_model_name": str(config.model), "task_type": task}
+        about["config"] = opened.model.config
         save_adapter(config.out, transform, state, params, opened.family, uses=uses, **about)
     console.print(f"written to {config.out}", highlight=False)
 
@@ -227,7 +234,9 @@ def generate(config: Generate, console: Console) -> None:
     tree = steps = params
     if config.adapter is not None:
         uses = _uses(apply, params)
-        transform, state = load_adapter(config.adapter, params, kind.family, uses=uses)
+        transform, state = load_adapter(
+            config.adapter, params, kind.family, uses=uses, config=model.config
+        )
         tree = transform.rewrite(params, state)
         steps = transform.decoding().rewrite(params, state)
         room = jpeft.room(transform)

@@ -25,15 +25,18 @@ Where = tuple[str, int]  # a path, and a layer of it (0 where it is not stacked)
 class Names:
     """A model's parameters by the names of Hugging Face.
 
-    **Arguments:** `uses`, what `jpeft.uses` found, if it is known.
+    **Arguments:** `uses`, what `jpeft.uses` found, and `config`, the model's configuration, if they
+    are known.
 
     **Attributes:** `leaves`, path to array; `places`, path to `Place`; `tensors`, the name of
     every parameter to where it is; `kernels`, the name of every module with a kernel or a table to
     where that is; `modules`, every module's name.
     """
 
-    def __init__(self, family: Family, params: Any, uses: Uses | None = None) -> None:
-        self._uses = uses
+    def __init__(
+        self, family: Family, params: Any, uses: Uses | None = None, config: Any = None
+    ) -> None:
+        self._uses, self.config = uses, config
         self.leaves: dict[str, Any] = flatten(params)
         self.places: dict[str, Place] = places(family, self.leaves)
         self.tensors: dict[str, Where] = {}

@@ -57,6 +57,7 @@ def load_adapter(
     family: Family,
     *,
     uses: Uses | None = None,
+    config: Any = None,
 ) -> tuple[Transform, Trainable]:
     """A transform and its trained state from an adapter's directory.
 
@@ -65,18 +66,19 @@ def load_adapter(
 
     **Arguments:** `params`, the model's parameters; `family`, how its files call them; `uses`, as
     for the transform's `init`, needed by some methods that PEFT does not have, and to tell whether
-    an adapted table of embeddings is the output head too, which PEFT's adapters leave as it was.
+    an adapted table of embeddings is the output head too, which PEFT's adapters leave as it was;
+    `config`, the model's configuration, needed for prefixes of models with a rotary embedding.
 
     **Raises:** `CheckpointError` for files that are absent, damaged or pickled, for an option or a
     value that is not known here, and with every missing, unexpected and misshapen tensor.
     """
     directory = pathlib.Path(directory)
-    config = _read_config(directory)
-    if config.get("peft_type") == OWN:
-        return _load_own(directory, config, params, uses)
-    options = read_options(config, directory / CONFIG)
-    read, prefix = _READERS[config["peft_type"]]
-    names, contents = Names(family, params, uses), Contents(directory / TENSORS, family)
+    about = _read_config(directory)
+    if about.get("peft_type") == OWN:
+        return _load_own(directory, about, params, uses)
+    options = read_options(about, directory / CONFIG)
+    read, prefix = _READERS[about["peft_type"]]
+    names, contents = Names(family, params, uses, config), Contents(directory / TENSORS, family)
     try:
         method, state, targets = read(names, options, contents)
         saved = read_saved(names, options, contents, prefix, targets)
@@ -101,6 +103,7 @@ def save_adapter(
     base_model_name: str | None = None,
     task_type: str | None = None,
     uses: Uses | None = None,
+    config: Any = None,
 ) -> str:
     """Write a trained state so that PEFT loads it, or in this package's form where PEFT cannot.
 
@@ -115,7 +118,8 @@ def save_adapter(
     are then written as they are in `params` if they were not trained. Prompts and prefixes need
     it: without one PEFT loads them, and runs the model as if they were not there; `uses`, what
     `jpeft.uses` found: a table that is the output head too cannot be adapted in PEFT's form, and
-    without `uses` that of a model with no other head is taken for one.
+    without `uses` that of a model with no other head is taken for one; `config`, the model's
+    configuration: without it prefixes of models with a rotary embedding are not in PEFT's form.
 
     **Returns:** the `peft_type` that was written: `JPEFT` for this package's own.
 
@@ -124,24 +128,24 @@ def save_adapter(
     prefix without `task_type`.
     """
     directory = pathlib.Path(directory)
-    names = Names(family, params, uses)
+    names = Names(family, params, uses, config)
     written = _as_peft(transform, trainable, names, task_type)
     about = {"base_model_name_or_path": base_model_name, "task_type": task_type}
     header = {"format": "pt"}
     if written is None:
-        config = {"peft_type": OWN, "version": VERSION, "transform": to_json(transform)}
+        options = {"peft_type": OWN, "version": VERSION, "transform": to_json(transform)}
         tensors = {k: np.asarray(v) for k, v in files.names(trainable).items()}
-        described = {"version": VERSION, "metadata": {}, "transform": config["transform"]}
+        described = {"version": VERSION, "metadata": {}, "transform": options["transform"]}
         header = {"jpeft": json.dumps(described, sort_keys=True)}
     else:
-        config, tensors = written
-        if config["peft_type"] in ("PROMPT_TUNING", "PREFIX_TUNING") and task_type is None:
+        options, tensors = written
+        if options["peft_type"] in ("PROMPT_TUNING", "PREFIX_TUNING") and task_type is None:
             raise ValueError(
                 "PEFT puts prompts and prefixes before the input of a task only: pass task_type, "
                 "such as 'CAUSAL_LM', 'SEQ_CLS' or 'FEATURE_EXTRACTION'"
             )
-        config = {**config, "inference_mode": True}
-    text = json.dumps({**config, **about}, indent=2, sort_keys=True) + "\n"
+        options = {**options, "inference_mode": True}
+    text = json.dumps({**options, **about}, indent=2, sort_keys=True) + "\n"
     arrays = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
     directory.mkdir(parents=True, exist_ok=True)
     atomically(
@@ -150,7 +154,7 @@ def save_adapter(
             directory / CONFIG: lambda p: p.write_text(text, encoding="utf-8"),
         }
     )
-    return str(config["peft_type"])
+    return str(options["peft_type"])
 
 
 def _as_peft(

@@ -610,12 +610,12 @@ def test_our_own_form_is_checked_too(kind, ours, tmp_path):
         load_adapter(tmp_path, ours[1], FAMILY, uses=ours[2])
 
 
-def test_prefixes_want_a_pair_without_rotary_embedding(tmp_path):
+def test_prefixes_and_prompts_want_their_places(tmp_path):
     save_file({"prompt_embeddings": np.zeros((N, 16))}, tmp_path / "adapter_model.safetensors")
     about = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": N}
     (tmp_path / "adapter_config.json").write_text(json.dumps(about))
-    with pytest.raises(CheckpointError, match="project to 'key' and 'value'"):
-        load_adapter(tmp_path, fused(), GPT2)
+    with pytest.raises(CheckpointError, match="these parameters have no such places"):
+        load_adapter(tmp_path, {"h": {"mlp": {"kernel": jnp.ones((2, 4, 4))}}}, GPT2)
     option(peft_type="PROMPT_TUNING")(tmp_path)
     with pytest.raises(CheckpointError, match="0 parameters are called as one"):
         load_adapter(tmp_path, fused(), GPT2)
