@@ -1,0 +1,265 @@
+"""A compiled training step of any loss: accumulation, clipping, and steps that are not numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from sharding.gather import Placed, gathered
+from sharding.zero import Axes, Zero
+
+# `loss(trainable, frozen, batch, key)`: the mean, or the sum and the number that it is over.
+Loss = Callable[[Any, Any, Any, Any], Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a step changes, and a checkpoint holds.
+
+    **Attributes:** `step`, how many were taken, the skipped ones too; `trainable`; `optimiser`, its
+    state; `skipped`, how many had a gradient that was not finite.
+    """
+
+    step: Int[Array, ""] | Any
+    trainable: Any
+    optimiser: Any
+    skipped: Int[Array, ""] | Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step: `step(state, frozen, batch, key) -> (state, metrics)`.
+
+    `state` is donated: the one that went in is gone. Frozen parameters are an argument, so that
+    they are never constants of the program. `metrics` are fp32 scalars: `loss`, the mean over the
+    batch; `grad_norm`, before clipping; `skipped`, 1 where the gradient was not finite and the
+    state, but for its counters, stayed as it was.
+
+    **Arguments:** as `make_step`'s.
+    """
+
+    loss: Loss
+    optimiser: optax.GradientTransformation
+    zero: Zero | None = None
+    axes: Axes | None = None
+    accumulate: int = 1
+    clip: float | None = None
+    compiler_options: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate counts parts of a batch, at least 1: {self.accumulate}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be above 0, or None: {self.clip}")
+
+    def init(self, trainable: Any) -> State:
+        """The state at the start, each array where the stage has it.
+
+        `trainable`'s arrays are copied: a step that eats the state leaves them be.
+        """
+        abstract = jax.eval_shape(lambda x: x, trainable)
+
+        def fresh(x: Any) -> State:
+            copy = jax.tree.map(jnp.copy, x)
+            zero = jnp.zeros((), jnp.int32)
+            return State(zero, copy, self.optimiser.init(copy), zero)
+
+        where = self.shardings(abstract)
+        if where is not None:
+            trainable = jax.device_put(trainable, where.trainable)
+        return jax.jit(fresh, out_shardings=where)(trainable)
+
+    def abstract(self, trainable: Any) -> State:
+        """The state's shapes, with shardings, from the shapes of what is trained."""
+        state = jax.eval_shape(
+            lambda x: State(
+                jnp.zeros((), jnp.int32), x, self.optimiser.init(x), jnp.zeros((), jnp.int32)
+            ),
+            trainable,
+        )
+        where = self.shardings(trainable)
+        if where is None:
+            return state
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
+        )
+
+    def shardings(self, trainable: Any) -> Any:
+        """The state's shardings, from what is trained or its shapes; None without a mesh."""
+        if self.zero is None:
+            return None
+        state = jax.eval_shape(self.optimiser.init, trainable)
+        return State(
+            self.zero.replicated,
+            self.zero.parameters(trainable, self.axes),
+            self.zero.optimiser(state, trainable, self.axes),
+            self.zero.replicated,
+        )
+
+    def __call__(
+        self, state: State, frozen: Any, batch: Any, key: PRNGKeyArray | None = None
+    ) -> tuple[State, dict[str, Float[Array, ""]]]:
+        """One step.
+
+        **Arguments:** `key`, of this step, for what is random in the loss.
+
+        **Raises:** `ValueError` for a batch whose rows do not divide over devices and parts.
+        """
+        if self.zero is not None:
+            batch = jax.device_put(batch, self.zero.batch(batch))
+        return self._compiled(state)(state, frozen, batch, key)
+
+    def lower(self, state: Any, frozen: Any, batch: Any, key: Any = None) -> jax.stages.Lowered:
+        """The step for arrays, or `jax.ShapeDtypeStruct`s with shardings, ready to compile."""
+        return self._compiled(state).lower(state, frozen, batch, key)
+
+    # -- the program -------------------------------------------------------------------------
+
+    def _compiled(self, state: Any) -> Any:
+        leaves, structure = jax.tree.flatten(state.trainable)
+        this = (structure, tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves))
+        cached: dict[Any, Any] = self.__dict__.setdefault("_programs", {})
+        if this not in cached:
+            where = self.shardings(jax.eval_shape(lambda x: x, state.trainable))
+            options = self.compiler_options
+            cached[this] = jax.jit(
+                self._step,
+                donate_argnums=0,
+                out_shardings=None if self.zero is None else (where, self.zero.replicated),
+                compiler_options=None if options is None else dict(options),
+            )
+        return cached[this]
+
+    def _step(self, state: State, frozen: Any, batch: Any, key: Any) -> Any:
+        value, grads = self._gradients(state.trainable, frozen, batch, key)
+        if self.zero is not None:
+            where = self.zero.reduced(grads, self.axes)
+            grads = jax.lax.with_sharding_constraint(grads, where)
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        if self.clip is not None:
+            factor = self.clip / jnp.maximum(norm, self.clip)
+            grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
+        updates, optimiser = self.optimiser.update(grads, state.optimiser, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        finite = jnp.isfinite(norm)
+
+        def kept(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        state = State(
+            state.step + 1,
+            kept(trainable, state.trainable),
+            kept(optimiser, state.optimiser),
+            state.skipped + jnp.where(finite, 0, 1),
+        )
+        skipped = jnp.where(finite, jnp.float32(0), jnp.float32(1))
+        return state, {"loss": value, "grad_norm": norm, "skipped": skipped}
+
+    def _gradients(self, trainable: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, Any]:
+        """The mean loss over the batch, and its gradients."""
+        if self.accumulate == 1:
+
+            def mean(trainable: Any) -> Any:
+                total, count = self._total(trainable, frozen, batch, key)
+                return total / jnp.maximum(count, 1)
+
+            return jax.value_and_grad(mean)(trainable)
+        parts = jax.tree.map(self._parts, batch)
+        keys = None if key is None else jax.random.split(key, self.accumulate)
+
+        def total(trainable: Any, part: Any, key: Any) -> tuple[Any, Any]:
+            return self._total(trainable, frozen, part, key)
+
+        def add(sums: Any, xs: Any) -> tuple[Any, None]:
+            (value, count), grads = jax.value_and_grad(total, has_aux=True)(trainable, *xs)
+            grads = self._summed(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+            new = jax.tree.map(jnp.add, sums, (value, count, grads))
+            return new, None
+
+        zeros = self._summed(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable))
+        start = (jnp.float32(0), jnp.float32(0), zeros)
+        (value, count, grads), _ = jax.lax.scan(add, start, (parts, keys))
+        count = jnp.maximum(count, 1)
+        return value / count, jax.tree.map(lambda g: g / count, grads)
+
+    def _summed(self, grads: Any) -> Any:
+        if self.zero is None:
+            return grads
+        return jax.lax.with_sharding_constraint(grads, self.zero.gradients(grads, self.axes))
+
+    def _total(self, trainable: Any, frozen: Any, batch: Any, key: Any) -> tuple[Any, Any]:
+        loss = self.loss if self.zero is None else gathered(self.loss, self._placed)
+        out = loss(trainable, frozen, batch, key)
+        total, count = out if isinstance(out, tuple) else (out, 1)
+        return jnp.asarray(total, jnp.float32), jnp.asarray(count, jnp.float32)
+
+    def _placed(self, trainable: Any, frozen: Any, batch: Any, key: Any) -> list[Placed | None]:
+        """How the arrays of the loss's arguments stand, in order."""
+        assert self.zero is not None
+        zero, axes = self.zero, self.axes
+        # Where parts of a batch are summed, stage 1 sums whole gradients.
+        summed = zero.gradients if self.accumulate > 1 else zero.reduced
+        trees = (zero.parameters, zero.used, summed)
+        own = [jax.tree.leaves(of(trainable, axes)) for of in trees]
+        base = [jax.tree.leaves(of(frozen, axes)) for of in trees[:2]]
+        placed = [Placed(*x) for x in zip(*own, strict=True)]
+        placed += [Placed(*x) for x in zip(*base, strict=True)]
+        split = [p if _is_split(p) else None for p in placed]
+        return [*split, *[None] * len(jax.tree.leaves((batch, key)))]
+
+    def _parts(self, x: Any) -> Any:
+        """`(accumulate, rows, ...)`: every part has rows of every device, which stay there."""
+        if not x.ndim:
+            return jnp.broadcast_to(x, (self.accumulate,))
+        if x.shape[0] % self.accumulate:
+            raise ValueError(
+                f"a batch of {x.shape[0]} rows cannot be taken in {self.accumulate} equal parts"
+            )
+        x = x.reshape(x.shape[0] // self.accumulate, self.accumulate, *x.shape[1:])
+        x = jnp.swapaxes(x, 0, 1)
+        if self.zero is None:
+            return x
+        rows = self.zero.batch(jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+        spec = jax.sharding.PartitionSpec(None, *rows.spec)
+        return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(self.zero.mesh, spec))
+
+
+def _is_split(placed: Placed) -> bool:
+    """Whether there is anything to gather or to scatter."""
+    return placed.stored != placed.used or placed.gradient not in (None, placed.used)
+
+
+def make_step(
+    loss: Loss,
+    optimiser: optax.GradientTransformation,
+    *,
+    zero: Zero | None = None,
+    axes: Axes | None = None,
+    accumulate: int = 1,
+    clip: float | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
+) -> Step:
+    """A training step.
+
+    **Arguments:**
+
+    - `loss(trainable, frozen, batch, key)`, a scalar mean, or a pair: a sum, and the number that it
+      is over (tokens). With the pair, parts of a batch weigh by their numbers, as in one piece.
+    - `optimiser`, any of optax.
+    - `zero`, where arrays stand; None for one device.
+    - `axes`, the names of the axes of what is trained.
+    - `accumulate`, take a batch in so many parts, one after another, and sum their gradients, in
+      fp32.
+    - `clip`, the most that the gradient's global norm may be.
+    - `compiler_options`, for XLA.
+
+    **Raises:** `ValueError` for numbers that are too small.
+    """
+    return Step(loss, optimiser, zero, axes, accumulate, clip, compiler_options)
