@@ -130,22 +130,22 @@ def many_tasks(config: Config, console: Console) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for method in config.mixed:
         trainer = trainer_of(config, method, console)
-        state, _ = trainer.init()
+        state = trainer.init().trainable
         stacked = jpeft.stack(
             [jax.tree.map(lambda x, k=k: x + 0.01 * k, state) for k in range(config.tasks)]
         )
 
         def forward(
-            params: Any, stacked: Any, batch: Any, task: Any, trainer: Any = trainer
+            frozen: Any, stacked: Any, batch: Any, task: Any, trainer: Any = trainer
         ) -> Any:
-            rewritten = trainer.transform.rewrite(params, stacked, task=task)
+            rewritten = trainer.rewritten(frozen, stacked, task=task)
             return trainer.forward(rewritten, batch, None)
 
         mixed = jax.jit(forward, compiler_options=compiler_options())
         runs: dict[str, Callable[[], Any]] = {
-            "single": lambda t=trainer, s=state: t.outputs(t.params, s, batch).block_until_ready(),
+            "single": lambda t=trainer, s=state: t.outputs(t.frozen, s, batch).block_until_ready(),
             "mixed": lambda t=trainer, m=mixed, s=stacked: m(
-                t.params, s, batch, task
+                t.frozen, s, batch, task
             ).block_until_ready(),
         }
         times = turns(runs, config.rounds)

@@ -13,7 +13,7 @@ import math
 import pathlib
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -25,6 +25,7 @@ from experiments.common.command import claim, command
 from experiments.common.console import bar
 from experiments.common.logs import MetricsLog
 from experiments.common.methods import Method, PromptStart, Sizes
+from experiments.common.numbers import Precision, Stage
 from experiments.common.pairs import Pair, Pairs, PairTask, load_pairs
 from experiments.common.report import describe_machine, peak_memory, versions, write_json
 
@@ -97,8 +98,15 @@ class Config:
     """Of the beam search."""
     seed: int = 0
     """Of the start, the order of the data and dropout."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in; trained arrays are float32 in either case."""
+    precision: Precision = "float32"
+    """What the model computes in, bfloat16 with float32 trained arrays, with bfloat16 ones that
+    have float32 masters (mixed), or with bfloat16 ones rounded at random (stochastic)."""
+    mesh: str | None = None
+    """Devices, as data=2,fsdp=4; `all` puts every one on fsdp; without it one device is used."""
+    stage: Stage = 3
+    """ZeRO's stage on that mesh: 0 is data parallel, 3 shards parameters too."""
+    accumulate: int = 1
+    """Take a batch in so many parts, and sum their gradients."""
     remat: bool = False
     """Forget activations and compute them again in the backward pass."""
     dropout: bool = True
@@ -131,12 +139,12 @@ class Config:
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Train, score, print and write; returns what `result.json` holds."""
     import jax
-    import jax.numpy as jnp
 
     from experiments.common.decoders import load
     from experiments.common.language import batches, encode, packed
+    from experiments.common.loop import train
+    from experiments.common.scale import compute_dtype
     from experiments.common.scores import SCORES
-    from experiments.common.training import train
 
     console = console or Console()
     start = time.perf_counter()
@@ -147,7 +155,8 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         for name in pairs.metrics:
             SCORES[name](["a"], [["a"]])  # what is not installed is told before training
     key = jax.random.key(config.seed)
-    options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "remat": config.remat, "key": key}
+    dtype = compute_dtype(config.precision)
+    options: dict[str, Any] = {"dtype": dtype, "remat": config.remat, "key": key}
     loaded = load(config.model, config.vocabulary, console, **options)
     render = renderer(config, loaded)
     two_sided = loaded.two_sided
@@ -173,7 +182,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     shown = jpeft.summary(trainer.transform, trainer.params, uses=uses)
     console.print(str(shown), highlight=False)
     folder = None if config.out is None else config.out / f"seed{config.seed}"
-    before = held_out_loss(trainer, trainer.init()[0], held, loaded, config)
+    before = held_out_loss(trainer, trainer.init().trainable, held, loaded, config)
     with (
         MetricsLog(folder, resume=config.resume, tensorboard=config.tensorboard) as metrics,
         bar(console, config.chosen, steps) as told,
@@ -241,6 +250,7 @@ def trainer_of(config: Config, loaded: Loaded, steps: int) -> LanguageTrainer:
     """The compiled trainer, from the method's start or an adapter's state."""
     from experiments.common.decoders import recipes
     from experiments.common.language import LanguageTrainer, language_uses
+    from experiments.common.scale import axes_of, scale_of
     from experiments.common.training import Schedule
     from jpeft.hf import load_adapter
 
@@ -267,6 +277,8 @@ def trainer_of(config: Config, loaded: Loaded, steps: int) -> LanguageTrainer:
         schedule,
         config.seed,
         config.dropout,
+        scale=scale_of(config),
+        axes=axes_of(loaded.model),
         two_sided=loaded.two_sided,
         virtual=(room, first),
         start=start,
@@ -284,11 +296,11 @@ def held_out_loss(
     made = batches(held, loaded.codec, config.batch, config.length, 0, loaded.two_sided)
 
     @jax.jit
-    def total(params: Any, state: Any, batch: Any) -> Any:
-        return trainer.total(trainer.transform.rewrite(params, state), batch)
+    def total(frozen: Any, state: Any, batch: Any) -> Any:
+        return trainer.total(trainer.rewritten(frozen, state), batch)
 
     sums = [
-        [float(x) for x in total(trainer.params, state, batch)]
+        [float(x) for x in total(trainer.frozen, state, batch)]
         for batch, _ in zip(made, range(made.per_epoch), strict=False)
     ]
     loss, count = np.sum(sums, axis=0)

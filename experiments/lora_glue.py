@@ -25,6 +25,7 @@ from experiments.common.logs import MetricsLog
 from experiments.common.methods import RECIPES, Method, PromptStart, Sizes, make_room
 from experiments.common.metrics import evaluate, majority
 from experiments.common.models import cpu_layout, fetch_model
+from experiments.common.numbers import Precision, Stage
 from experiments.common.pipeline import Batches, Shapes, collate, shapes
 from experiments.common.report import (
     describe_machine,
@@ -90,8 +91,15 @@ class Config:
     """Runs, with seeds 0, 1, ...; the report gives mean and standard deviation."""
     pooling: Literal["cls", "mean"] = "mean"
     """What the head reads: the mean over tokens, or the first token as BERT has it."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in; trained arrays are float32 in either case."""
+    precision: Precision = "float32"
+    """What the model computes in, bfloat16 with float32 trained arrays, with bfloat16 ones that
+    have float32 masters (mixed), or with bfloat16 ones rounded at random (stochastic)."""
+    mesh: str | None = None
+    """Devices, as data=2,fsdp=4; `all` puts every one on fsdp; without it one device is used."""
+    stage: Stage = 3
+    """ZeRO's stage on that mesh: 0 is data parallel, 3 shards parameters too."""
+    accumulate: int = 1
+    """Take a batch in so many parts, and sum their gradients."""
     dropout: bool = True
     """The model's own dropout in training."""
     baseline: bool = True
@@ -172,15 +180,15 @@ def prepare(config: Config, directory: pathlib.Path) -> Prepared:
 def build(config: Config, directory: pathlib.Path, outputs: int, seed: int) -> Any:
     """The model, with a head of its own seed."""
     import jax
-    import jax.numpy as jnp
 
+    from experiments.common.scale import compute_dtype
     from jpeft.hf import load_sequence_classifier
 
     model, _ = load_sequence_classifier(
         directory,
         outputs,
         key=jax.random.key(seed),
-        dtype=jnp.dtype(config.dtype),
+        dtype=compute_dtype(config.precision),
         pooling=config.pooling,
         **cpu_layout(),
     )
@@ -189,6 +197,7 @@ def build(config: Config, directory: pathlib.Path, outputs: int, seed: int) -> A
 
 def trainer_of(config: Config, model: Any, prepared: Prepared, seed: int, steps: int) -> Trainer:
     """The compiled trainer of a configuration, for so many steps."""
+    from experiments.common.scale import axes_of, scale_of
     from experiments.common.training import Trainer
 
     apply, params = jpeft.functional(model)
@@ -198,7 +207,17 @@ def trainer_of(config: Config, model: Any, prepared: Prepared, seed: int, steps:
         first=prepared.vocabulary if config.method == "prompt" else prepared.pad,
     )
     transform, schedule = config.method_transform(), config.schedule(steps)
-    return Trainer(apply, params, transform, schedule, seed, config.dropout, room)
+    return Trainer(
+        apply,
+        params,
+        transform,
+        schedule,
+        seed,
+        config.dropout,
+        room,
+        scale_of(config),
+        axes_of(model),
+    )
 
 
 def run_seed(
@@ -214,7 +233,7 @@ def run_seed(
     **Arguments:** `more`, what else to write into the result, from the trainer and the state.
     """
     from experiments.common.head import frozen_head
-    from experiments.common.training import train
+    from experiments.common.loop import train
 
     task = prepared.data.task
     model = build(config, directory, max(1, len(task.labels)), seed)

@@ -102,22 +102,22 @@ def one_batch(trainer: Any, states: list[Any], prepared: lora_glue.Prepared) -> 
     stacked = jpeft.stack(states)
 
     @jax.jit
-    def run(params: Any, stacked: Any, batch: Any, task: Any) -> Any:
-        rewritten = trainer.transform.rewrite(params, stacked, task=task)
+    def run(frozen: Any, stacked: Any, batch: Any, task: Any) -> Any:
+        rewritten = trainer.rewritten(frozen, stacked, task=task)
         return trainer.forward(rewritten, batch, None)
 
     worst, seconds = 0.0, {"mixed": 0.0, "single": 0.0}
     for numbers, batch in batches:
         task = np.arange(batch["labels"].shape[0], dtype=np.int32) % len(states)
-        alone = [np.asarray(trainer.outputs(trainer.params, s, batch)) for s in states]
+        alone = [np.asarray(trainer.outputs(trainer.frozen, s, batch)) for s in states]
         want = np.stack(alone)[task, np.arange(len(task))]
-        got = np.asarray(run(trainer.params, stacked, batch, task))
+        got = np.asarray(run(trainer.frozen, stacked, batch, task))
         worst = max(worst, float(np.abs(got - want)[: len(numbers)].max()))
         for _ in range(3):  # both are compiled by now
             start = time.perf_counter()
-            np.asarray(run(trainer.params, stacked, batch, task))
+            np.asarray(run(trainer.frozen, stacked, batch, task))
             middle = time.perf_counter()
-            np.asarray(trainer.outputs(trainer.params, states[0], batch))
+            np.asarray(trainer.outputs(trainer.frozen, states[0], batch))
             seconds["mixed"] += middle - start
             seconds["single"] += time.perf_counter() - middle
     return {

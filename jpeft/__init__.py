@@ -6,6 +6,7 @@ from jpeft.adapter import Bottleneck as Bottleneck
 from jpeft.adapter import houlsby as houlsby
 from jpeft.adapter import parallel_adapter as parallel_adapter
 from jpeft.adapter import pfeiffer as pfeiffer
+from jpeft.axis_names import trainable_axes as trainable_axes
 from jpeft.beam import beam_search as beam_search
 from jpeft.config import ConfigError as ConfigError
 from jpeft.dylora import DyLoRA as DyLoRA
@@ -13,6 +14,8 @@ from jpeft.files import load as load
 from jpeft.files import load_transform as load_transform
 from jpeft.files import restore as restore
 from jpeft.files import save as save
+from jpeft.frozen import Frozen as Frozen
+from jpeft.frozen import frozen as frozen
 from jpeft.functional import Functional as Functional
 from jpeft.functional import Stateful as Stateful
 from jpeft.functional import functional as functional
@@ -36,6 +39,10 @@ from jpeft.lora import LoRA as LoRA
 from jpeft.multitask import stack as stack
 from jpeft.optim import lora_plus as lora_plus
 from jpeft.paths import TargetError as TargetError
+from jpeft.precision import Policy as Policy
+from jpeft.precision import cast as cast
+from jpeft.precision import master_weights as master_weights
+from jpeft.precision import stochastic_rounding as stochastic_rounding
 from jpeft.prefix import Prefix as Prefix
 from jpeft.prefix import PrefixTuning as PrefixTuning
 from jpeft.prompt import PromptTuning as PromptTuning

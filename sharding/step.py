@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from sharding.cluster import everywhere
 from sharding.gather import Placed, gathered
 from sharding.zero import Axes, Zero
 
@@ -73,7 +74,7 @@ class Step:
 
         where = self.shardings(abstract)
         if where is not None:
-            trainable = jax.device_put(trainable, where.trainable)
+            trainable = everywhere(trainable, where.trainable)
         return jax.jit(fresh, out_shardings=where)(trainable)
 
     def abstract(self, trainable: Any) -> State:
@@ -113,7 +114,7 @@ class Step:
         **Raises:** `ValueError` for a batch whose rows do not divide over devices and parts.
         """
         if self.zero is not None:
-            batch = jax.device_put(batch, self.zero.batch(batch))
+            batch = everywhere(batch, self.zero.batch(batch))
         return self._compiled(state)(state, frozen, batch, key)
 
     def lower(self, state: Any, frozen: Any, batch: Any, key: Any = None) -> jax.stages.Lowered:

@@ -36,7 +36,7 @@ def command(
     name: str, config_type: type[C], main: Callable[[C, Console], Any], description: str | None
 ) -> int:
     """Run an experiment: 0, 2 for a user's error, 130 after Ctrl-C."""
-    from experiments.common.training import DivergedError, InterruptedRunError
+    from experiments.common.loop import DivergedError, InterruptedRunError
 
     config = tyro.cli(config_type, description=description)
     runtime.cache_programs(cache() / "compiled")

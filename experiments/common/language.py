@@ -134,16 +134,13 @@ class LanguageTrainer(Trainer):
         """How the model reads its parameters."""
         return language_uses(self.apply, self.params, self.two_sided)
 
-    def init(self) -> tuple[Any, Any]:
-        """The state to start from and the optimiser's."""
-        if self.start is None:
-            return super().init()
-        return self.start, self.schedule.optimiser().init(self.start)
+    def first(self) -> Any:
+        """What is trained, at the start."""
+        return super().first() if self.start is None else self.start
 
     def loss(self, rewritten: Any, batch: Any, key: Any) -> Any:
-        """The mean over the batch's labels."""
-        total, count = self.total(rewritten, batch, key)
-        return total / jnp.maximum(count, 1)
+        """The sum over the batch's labels, and their number."""
+        return self.total(rewritten, batch, key)
 
     def total(self, rewritten: Any, batch: Any, key: Any = None) -> tuple[Any, Any]:
         """The sum of the losses, and their count."""

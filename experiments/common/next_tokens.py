@@ -14,8 +14,8 @@ from jaxtyping import Array, Int
 
 import jpeft
 from experiments.common.language import LanguageTrainer, language_uses
+from experiments.common.loop import InterruptedRunError, Log, Progress, train
 from experiments.common.pipeline import Batch
-from experiments.common.training import InterruptedRunError, Log, Progress, train
 from jpeft.models.llama import Llama
 
 Apply = Callable[..., Any]

@@ -50,12 +50,10 @@ def timed_steps(
 
 
 def _stepper(trainer: Trainer, batch: Batch) -> Callable[[], Any]:
-    held = list(trainer.init())
+    held = [trainer.init()]
 
     def run() -> None:
-        held[0], held[1], loss = trainer.step(  # type: ignore[attr-defined]
-            trainer.params, *held, batch, trainer.key(0)
-        )
-        float(loss)
+        held[0], metrics = trainer.step(held[0], trainer.frozen, batch, trainer.key(0))
+        float(metrics["loss"])
 
     return run

@@ -1,37 +1,24 @@
-"""The training loop that experiments share: a compiled step, evaluation, checkpoints, Ctrl-C."""
+"""What experiments train with: the schedule, the loss, and a compiled step of one transform."""
 
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import signal
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import jpeft
-from experiments.common.pipeline import Batch, Batches, Shapes, in_order
+from experiments.common.pipeline import Batch, Shapes, in_order
+from experiments.common.scale import Scale, all_axes
 from experiments.common.tokens import Example
-from jpeft.files import names
+from sharding import Axes, State, Step, make_step
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-Log = Callable[[dict[str, Any]], None]
-
-
-class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
-
-
-class InterruptedRunError(Exception):
-    """Ctrl-C was pressed; a checkpoint stands in the folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +75,13 @@ def compiler_options() -> dict[str, Any] | None:
 class Trainer:
     """One model, transform and schedule, compiled.
 
-    **Attributes:** `apply`, `params`, `transform`, as the library has them; `dropout`, whether the
+    **Arguments:** `apply`, `params`, `transform`, as the library has them; `dropout`, whether the
     model's and the method's dropout are on in training; `room`, what a batch becomes for a method
-    that has virtual tokens.
+    that has virtual tokens; `scale`, devices and numbers; `axes`, names of the axes of `params`.
+
+    **Attributes:** `params`, with a shape in place of each array that nothing reads, since a copy
+    of it is trained; `frozen`, the arrays that are read, by path, where the stage has them; `step`,
+    the training step; `outputs(frozen, state, batch)`, the model's.
     """
 
     apply: Callable[..., Any]
@@ -100,17 +91,50 @@ class Trainer:
     seed: int = 0
     dropout: bool = True
     room: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+    scale: Scale = Scale()
+    axes: Axes | None = None
+    frozen: dict[str, Any] = dataclasses.field(init=False)
+    step: Step = dataclasses.field(init=False)
+    outputs: Callable[[Any, Any, Any], Any] = dataclasses.field(init=False)
+    _base: jpeft.Frozen = dataclasses.field(init=False)
+    _start: Any = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        options = compiler_options()
-        step = jax.jit(self._step, donate_argnums=(1, 2), compiler_options=options)
-        object.__setattr__(self, "step", step)
-        object.__setattr__(self, "outputs", jax.jit(self._outputs, compiler_options=options))
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
 
-    def init(self) -> tuple[Any, Any]:
-        """The trained arrays and the optimiser's state, at the start."""
-        state = self.transform.init(jax.random.key(self.seed), self.params, uses=self.uses())
-        return state, self.schedule.optimiser().init(state)
+        zero, options = self.scale.zero(), compiler_options()
+        start = self.scale.trained(self.first())
+        base = jpeft.frozen(self.transform, self.params, start)
+        axes, arrays = self.axes, base.arrays
+        if zero is not None:
+            axes = axes and all_axes(self.transform, self.params, start, axes)
+            arrays = jax.device_put(arrays, zero.parameters(arrays, axes))
+        put("_start", start)
+        put("_base", base)
+        put("frozen", arrays)
+        put("params", base.params(arrays))
+        optimiser = self.scale.optimiser(self.schedule.optimiser(), self.seed)
+        step = make_step(
+            self._loss,
+            optimiser,
+            zero=zero,
+            axes=axes,
+            accumulate=self.scale.accumulate,
+            compiler_options=options,
+        )
+        put("step", step)
+        where = None if zero is None else zero.replicated
+        outputs = jax.jit(self._outputs, compiler_options=options, out_shardings=where)
+        put("outputs", outputs)
+
+    def first(self) -> Any:
+        """What is trained, at the start."""
+        return self.transform.init(jax.random.key(self.seed), self.params, uses=self.uses())
+
+    def init(self) -> State:
+        """The state at the start: what is trained, and the optimiser's."""
+        return self.step.init(self._start)
 
     def uses(self) -> Any:
         """How the model reads its parameters."""
@@ -124,18 +148,18 @@ class Trainer:
         """The key of a step. The compiled step is given it: it is one program for all seeds."""
         return jax.random.fold_in(jax.random.key(self.seed), step)
 
-    def _step(self, params: Any, state: Any, moments: Any, batch: Any, key: Any) -> Any:
-        def loss(state: Any) -> Any:
-            own, models = jax.random.split(key)
-            rewritten = self.transform.rewrite(params, state, key=own)
-            return self.loss(rewritten, batch, models if self.dropout else None)
+    def rewritten(self, frozen: Any, state: Any, key: Any = None, task: Any = None) -> Any:
+        """The parameters as the model is to read them."""
+        params = self._base.params(frozen)
+        return self.transform.rewrite(params, state, key=key, task=task)
 
-        value, grads = jax.value_and_grad(loss)(state)
-        updates, moments = self.schedule.optimiser().update(grads, moments, state)
-        return optax.apply_updates(state, updates), moments, value
+    def _loss(self, state: Any, frozen: Any, batch: Any, key: Any) -> Any:
+        own, models = jax.random.split(key)
+        rewritten = self.rewritten(frozen, state, own)
+        return self.loss(rewritten, batch, models if self.dropout else None)
 
-    def _outputs(self, params: Any, state: Any, batch: Any) -> Any:
-        return self.forward(self.transform.rewrite(params, state), batch, None)
+    def _outputs(self, frozen: Any, state: Any, batch: Any) -> Any:
+        return self.forward(self.rewritten(frozen, state), batch, None)
 
     def forward(self, rewritten: Any, batch: Any, key: Any) -> Any:
         """The model's outputs on a batch; `key` switches its dropout on."""
@@ -146,9 +170,8 @@ class Trainer:
 
     def step_memory(self, batch: Batch) -> dict[str, float]:
         """MiB of one compiled training step on a batch: `arguments` and `temporaries`."""
-        state, moments = self.init()
-        args = (self.params, state, moments, batch, self.key(0))
-        memory = self.step.lower(*args).compile().memory_analysis()  # type: ignore[attr-defined]
+        lowered = self.step.lower(self.init(), self.frozen, batch, self.key(0))
+        memory = lowered.compile().memory_analysis()
         return {
             "arguments": memory.argument_size_in_bytes / 2**20,
             "temporaries": memory.temp_size_in_bytes / 2**20,
@@ -160,159 +183,7 @@ class Trainer:
         """The model's outputs for every example, in their order: `(n, classes)`."""
         out: list[tuple[np.ndarray, np.ndarray]] = []
         for numbers, batch in in_order(examples, shapes, pad):
-            values = self.outputs(self.params, state, batch)  # type: ignore[attr-defined]
+            values = self.outputs(self.frozen, state, batch)
             out.append((numbers, np.asarray(values)[: len(numbers)]))
         order = np.argsort(np.concatenate([n for n, _ in out]))
         return np.concatenate([v for _, v in out])[order]
-
-
-@dataclasses.dataclass
-class Progress:
-    """What a loop has done: steps; seconds and tokens of the `timed` ones (those that do not
-    compile); losses.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    timed: int = 0
-    losses: list[float] = dataclasses.field(default_factory=list)
-
-    @property
-    def step_seconds(self) -> float:
-        """The mean time of a training step."""
-        return self.seconds / self.timed if self.timed else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Real tokens, padding not counted, over the time of training steps."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-
-def train(
-    trainer: Trainer,
-    batches: Batches,
-    folder: pathlib.Path | None,
-    *,
-    log: Log,
-    resume: bool = False,
-    save_every: int = 200,
-) -> tuple[Any, Progress]:
-    """Train to the schedule's end; the trained state, and what was done.
-
-    **Arguments:** `folder`, where checkpoints are kept (None: nowhere); `resume`, start from the
-    last one there; `log` is called with every step's `step`, `loss` and `tokens_per_second`.
-
-    **Raises:** `InterruptedRunError` after Ctrl-C, when the running step is done and saved;
-    `DivergedError`.
-    """
-    iterator = iter(batches)
-    state, moments = trainer.init()
-    progress = Progress()
-    with _manager(folder) as manager:
-        if resume and manager is not None and manager.latest_step() is not None:
-            state, moments, data = _restore(manager, state, moments)
-            iterator.set_state(data["data"])
-            kept = ("step", "tokens", "seconds", "timed", "losses")
-            progress = Progress(**{k: data[k] for k in kept})
-        compiled: set[Any] = set()
-        with _stop_on_interrupt() as stopped:
-            while progress.step < trainer.schedule.steps:
-                batch = next(iterator)
-                start = time.perf_counter()
-                state, moments, loss = trainer.step(  # type: ignore[attr-defined]
-                    trainer.params, state, moments, batch, trainer.key(progress.step)
-                )
-                value = float(loss)
-                _record(progress, batch, value, time.perf_counter() - start, compiled)
-                log(
-                    {
-                        "step": progress.step,
-                        "loss": value,
-                        "tokens_per_second": progress.tokens_per_second,
-                    }
-                )
-                last = progress.step == trainer.schedule.steps
-                if manager and (last or stopped() or progress.step % save_every == 0):
-                    _save(manager, progress, state, moments, iterator.get_state())
-                if stopped() and not last:
-                    raise InterruptedRunError
-    return state, progress
-
-
-def _record(
-    progress: Progress, batch: Batch, loss: float, seconds: float, compiled: set[Any]
-) -> None:
-    progress.step += 1
-    if not np.isfinite(loss):
-        raise DivergedError(
-            f"the loss is {loss} at step {progress.step}: try a lower --lr, or --dtype float32"
-        )
-    progress.losses.append(loss)
-    shapes = tuple(x.shape for x in batch.values())
-    if shapes in compiled:
-        progress.seconds += seconds
-        progress.timed += 1
-        progress.tokens += int(batch["attention_mask"].sum())
-    compiled.add(shapes)  # the first step of each shape compiles, and is no measure
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C lets the running step end; a second one stops at once."""
-    pressed: list[int] = []
-
-    def handler(number: int, frame: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    try:
-        old = signal.signal(signal.SIGINT, handler)
-    except ValueError:  # not in the main thread: there Ctrl-C is not ours
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, old)
-
-
-@contextmanager
-def _manager(folder: pathlib.Path | None) -> Iterator[Any]:
-    if folder is None:
-        yield None
-        return
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    manager = ocp.CheckpointManager(folder.resolve() / "checkpoint", options=options)
-    try:
-        yield manager
-    finally:
-        manager.close()
-
-
-def _save(manager: Any, progress: Progress, state: Any, moments: Any, data: Any) -> None:
-    about = {
-        "step": progress.step,
-        "tokens": progress.tokens,
-        "seconds": progress.seconds,
-        "timed": progress.timed,
-        "losses": progress.losses,
-        "data": data,
-    }
-    arrays = ocp.args.StandardSave(names((state, moments)))  # type: ignore[call-arg]
-    args = ocp.args.Composite(arrays=arrays, about=ocp.args.JsonSave(about))  # type: ignore
-    if manager.latest_step() != progress.step:
-        manager.save(progress.step, args=args)
-
-
-def _restore(manager: Any, state: Any, moments: Any) -> tuple[Any, Any, dict[str, Any]]:
-    abstract = jax.eval_shape(lambda: names((state, moments)))
-    args = ocp.args.Composite(
-        arrays=ocp.args.StandardRestore(abstract),  # type: ignore[call-arg]
-        about=ocp.args.JsonRestore(),  # type: ignore[call-arg]
-    )
-    found = manager.restore(manager.latest_step(), args=args)
-    leaves = [found["arrays"][n] for n in abstract]
-    state, moments = jax.tree.unflatten(jax.tree.structure((state, moments)), leaves)
-    return state, moments, found["about"]

@@ -16,12 +16,13 @@ import jpeft
 from experiments import finetune
 from experiments.common.decoders import TINY, load, recipes
 from experiments.common.language import LanguageTrainer, batches, encode, packed
+from experiments.common.loop import InterruptedRunError
 from experiments.common.methods import Sizes
 from experiments.common.models import ModelError
 from experiments.common.pairs import Pair
 from experiments.common.readers import DataError
 from experiments.common.texts import byte_codec, chat_template
-from experiments.common.training import InterruptedRunError, Schedule
+from experiments.common.training import Schedule
 from jpeft.hf import load_adapter, load_model, save_model
 from jpeft.hf.models import KINDS
 from jpeft.models.gpt2 import Gpt2, Gpt2Config
@@ -179,11 +180,11 @@ def test_the_loss_is_on_the_answer_and_what_does_not_fit_is_counted():
 
 
 def test_an_interrupted_run_goes_on_to_the_same_losses(tmp_path, monkeypatch):
-    import experiments.common.training as training
+    import experiments.common.loop as loop
 
     options = {"max_steps": 6, "save_every": 2}
     whole, _ = run(out=tmp_path / "whole", **options)
-    real = training._record
+    real = loop._record
     seen = []
 
     def stopping(progress, *rest):
@@ -192,7 +193,7 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(tmp_path, monkeypatch):
         if len(seen) == 4:
             raise InterruptedRunError
 
-    monkeypatch.setattr(training, "_record", stopping)
+    monkeypatch.setattr(loop, "_record", stopping)
     with pytest.raises(InterruptedRunError):
         run(out=tmp_path / "cut", **options)
     result, _ = run(out=tmp_path / "cut", resume=True, **options)

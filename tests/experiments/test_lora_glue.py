@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 import jpeft
-from experiments.common import training
+from experiments.common import loop, training
 from experiments.common.metrics import evaluate
 from experiments.common.models import ModelError, fetch_model
 from experiments.common.tasks import TASKS
@@ -74,7 +74,7 @@ def test_the_saved_adapter_is_the_trained_one(config):
     apply, params = jpeft.functional(build(config, directory, 2, 0))
     schedule = training.Schedule(1e-3, 1)
     trainer = training.Trainer(apply, params, config.method_transform(), schedule)
-    start, _ = trainer.init()
+    start = trainer.init().trainable
     state = jpeft.load(config.out / "seed0" / "adapter.safetensors", start)
     pairs = zip(jax.tree.leaves(start), jax.tree.leaves(state), strict=True)
     assert all(not np.array_equal(a, b) for a, b in pairs)
@@ -92,15 +92,15 @@ def test_it_learns(config):
 def test_interrupted_and_resumed_equals_uninterrupted(config, tmp_path, monkeypatch):
     whole = dataclasses.replace(config, out=tmp_path / "whole")
     run(whole)
-    record = training._record
+    record = loop._record
 
     def interrupt(progress, *rest):
         record(progress, *rest)
         if progress.step == 8:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(training, "_record", interrupt)
-    with pytest.raises(training.InterruptedRunError):
+    monkeypatch.setattr(loop, "_record", interrupt)
+    with pytest.raises(loop.InterruptedRunError):
         run(config)
     monkeypatch.undo()
     assert [r["step"] for r in lines(config.out / "seed0")] == [*range(1, 9)]
@@ -118,14 +118,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, tmp_path, monkeypa
 def test_a_killed_run_goes_on_from_its_last_checkpoint(config, tmp_path, monkeypatch):
     whole = dataclasses.replace(config, out=tmp_path / "whole")
     run(whole)
-    record = training._record
+    record = loop._record
 
     def die(progress, *rest):
         record(progress, *rest)
         if progress.step == 8:
             raise MemoryError
 
-    monkeypatch.setattr(training, "_record", die)
+    monkeypatch.setattr(loop, "_record", die)
     with pytest.raises(MemoryError):
         run(config)
     monkeypatch.undo()
@@ -146,7 +146,7 @@ def test_a_finished_run_is_not_overwritten(config):
 
 
 def test_divergence_is_told(config):
-    with pytest.raises(training.DivergedError, match=r"the loss is .* at step \d+: try a lower"):
+    with pytest.raises(loop.DivergedError, match=r"the loss is .* at step \d+: try a lower"):
         run(dataclasses.replace(config, method="full", lr=1e30, epochs=4))
 
 

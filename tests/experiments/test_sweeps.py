@@ -18,8 +18,8 @@ from experiments import (
     lora_rank,
     prompt_tuning,
 )
+from experiments.common.loop import InterruptedRunError
 from experiments.common.methods import METHODS
-from experiments.common.training import InterruptedRunError
 from tests.tiny import write_model, write_task
 
 

@@ -1,0 +1,143 @@
+"""The training step of a named model and a method, from shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+import jpeft
+from experiments.common.decoders import recipes
+from experiments.common.named import config_of
+from experiments.common.scale import TABLES, Scale, all_axes, compute_dtype
+from experiments.common.training import Schedule
+from jpeft.models.llama import Llama, LlamaConfig
+from sharding import Step, Zero, axes_by_pattern, batch_shards, make_step
+from sharding.aot import placed
+from sharding.costs import traced_flops
+
+# Tokens whose logits a device makes at a time.
+CHUNK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A step with the shapes of what it is given.
+
+    **Attributes:** `parameters`, how many the model has; `trained`, how many are trained.
+    """
+
+    config: LlamaConfig
+    step: Step
+    trainable: Any
+    frozen: Any
+    sequence: int
+    room: int
+    parameters: int
+    trained: int
+    _plain: Any
+
+    def arguments(self, rows: int) -> tuple[Step, Any, Any, Any, Any]:
+        """The step and what it is called with, for `sharding.aot.compile_for`.
+
+        **Raises:** `ValueError` for rows that the devices cannot share.
+        """
+        zero = self.step.zero
+        assert zero is not None
+        frozen = placed(self.frozen, zero.parameters(self.frozen, self.step.axes))
+        batch = self.batch(rows)
+        batch = placed(batch, zero.batch(batch))
+        key = placed(_key(), zero.replicated)
+        return self.step, self.step.abstract(self.trainable), frozen, batch, key
+
+    def batch(self, rows: int) -> dict[str, Any]:
+        """The shapes of a batch."""
+        tokens = jax.ShapeDtypeStruct((rows, self.sequence), jnp.int32)
+        return dict.fromkeys(("input_ids", "attention_mask", "labels"), tokens)
+
+    def model_flops(self, rows: int) -> float:
+        """Flops of a step's products that computing nothing twice would leave."""
+
+        def mean(*args: Any) -> Any:
+            total, count = self._plain(*args)
+            return total / count
+
+        args = (self.trainable, self.frozen, self.batch(rows), _key())
+        once = traced_flops(jax.make_jaxpr(jax.grad(mean))(*args))
+        # The loss makes its logits a second time in the backward pass, whatever the layers do.
+        tokens = rows * (self.sequence + self.room)
+        return once - 2.0 * tokens * self.config.hidden_size * self.config.vocab_size
+
+
+def plan(options: Any, mesh: Mesh) -> Planned:
+    """The step of a command's options (`experiments.aot.Config`) on a mesh.
+
+    **Raises:** `ModelError` for an unknown model; `ValueError`.
+    """
+    config = config_of(options.model)
+    zero, scale = Zero(mesh, options.stage), Scale(precision=options.numbers)
+    dtype = compute_dtype(options.numbers)
+
+    def made(remat: bool) -> Any:
+        shape = {"dtype": dtype, "param_dtype": dtype, "remat": remat}
+        return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **shape))
+
+    model = made(options.remat)
+    apply, params = jpeft.functional(model)
+    recipe = recipes(model)[options.method]
+    transform = recipe.transform(options.sizes)
+    uses = jpeft.uses(apply, params, jnp.zeros((1, 8), jnp.int32))
+
+    def first(key: Any, params: Any) -> Any:
+        return scale.trained(transform.init(key, params, uses=uses))
+
+    trainable = jax.eval_shape(first, jax.random.key(0), params)
+    base = jpeft.frozen(transform, params, trainable)
+    axes = all_axes(transform, params, trainable, axes_by_pattern(TABLES[Llama]))
+    room = jpeft.room(transform)
+    virtual = jpeft.first_virtual_id(transform, config.vocab_size)
+    chunk = CHUNK * batch_shards(mesh)
+
+    def loss_of(apply: Any) -> Any:
+        def loss(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
+            if room:
+                batch = jpeft.virtual_tokens(batch, length=room, first=virtual)
+            own, models = jax.random.split(key)
+            rewritten = transform.rewrite(base.params(frozen), trainable, key=own)
+            ids, mask, labels = (batch[k] for k in ("input_ids", "attention_mask", "labels"))
+            return jpeft.lift(apply)(rewritten, ids, mask, key=models, labels=labels, chunk=chunk)
+
+        return loss
+
+    optimiser = Schedule(recipe.rate, 1000, weight_decay=recipe.decay).optimiser()
+    step = make_step(
+        loss_of(apply),
+        scale.optimiser(optimiser, 0),
+        zero=zero,
+        axes=axes,
+        accumulate=options.accumulate,
+    )
+    return Planned(
+        config,
+        step,
+        trainable,
+        base.arrays,
+        options.sequence,
+        room,
+        _size(params),
+        _size(trainable),
+        loss_of(jpeft.functional(made(False)).apply),
+    )
+
+
+def _key() -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

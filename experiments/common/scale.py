@@ -1,0 +1,87 @@
+"""How a run is laid over devices, and in which numbers: `--mesh`, `--stage`, `--precision`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jpeft
+from experiments.common.numbers import Precision, Stage
+from jpeft.models import bert, gpt2, llama, t5
+from jpeft.precision import cast, master_weights, stochastic_rounding
+from sharding import Axes, Zero, axes_by_pattern, make_mesh
+
+TABLES: dict[type, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    bert.BertForSequenceClassification: bert.AXES,
+    gpt2.Gpt2: gpt2.AXES,
+    llama.Llama: llama.AXES,
+    t5.T5: t5.AXES,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Devices and numbers of a run.
+
+    **Attributes:** `mesh`, a shape as `make_mesh`'s, `all` for all devices on `fsdp`, or None for
+    one device (all of them in a job of several processes); `stage`, ZeRO's; `precision`: `float32`;
+    `bfloat16`, the model computes in it and trained arrays are fp32; `mixed`, trained arrays are
+    bf16 too, with fp32 masters in the optimiser's state; `stochastic`, bf16 without masters,
+    rounded at random; `accumulate`, take a batch in so many parts.
+    """
+
+    mesh: str | None = None
+    stage: Stage = 3
+    precision: Precision = "float32"
+    accumulate: int = 1
+
+    def zero(self) -> Zero | None:
+        """Where arrays stand; None for one device. **Raises:** `ValueError` for a wrong mesh."""
+        if self.mesh is None and jax.process_count() == 1:
+            return None
+        return Zero(make_mesh(None if self.mesh in (None, "all") else self.mesh), self.stage)
+
+    @property
+    def dtype(self) -> Any:
+        """What the model computes in."""
+        return compute_dtype(self.precision)
+
+    def trained(self, trainable: Any) -> Any:
+        """Trained arrays as they are kept."""
+        if self.precision in ("float32", "bfloat16"):
+            return trainable
+        return cast(trainable, jnp.bfloat16)
+
+    def optimiser(self, inner: optax.GradientTransformation, seed: int) -> Any:
+        """The optimiser with what the precision adds to it."""
+        if self.precision == "mixed":
+            return master_weights(inner)
+        if self.precision == "stochastic":
+            return stochastic_rounding(inner, seed)
+        return inner
+
+
+def scale_of(config: Any) -> Scale:
+    """The scale of a command's configuration."""
+    return Scale(config.mesh, config.stage, config.precision, config.accumulate)
+
+
+def compute_dtype(precision: Precision) -> Any:
+    """What a model computes in."""
+    return jnp.dtype("float32" if precision == "float32" else "bfloat16")
+
+
+def axes_of(model: Any) -> Axes | None:
+    """The names of the axes of a model's parameters; None for a model that has no table."""
+    table = TABLES.get(type(model))
+    return None if table is None else axes_by_pattern(table)
+
+
+def all_axes(transform: jpeft.Transform, params: Any, trainable: Any, axes: Axes) -> Axes:
+    """The names of the axes of parameters and of what is trained, by path."""
+    own = jpeft.trainable_axes(transform, params, trainable, axes)
+    return lambda path, shape: own[path] if path in own else axes(path, shape)

@@ -1,0 +1,196 @@
+"""Jobs of several processes: who the others are, and which rows each loads.
+
+Nothing here runs at import: a command calls `initialise` before it touches a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """How processes find one another.
+
+    **Attributes:** `kind`, for people: `explicit`, `slurm`, `ompi`, `k8s` or `tpu`; `coordinator`,
+    `processes`, `process`, None where JAX reads them from the environment itself.
+    """
+
+    kind: str
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+
+def detect(environ: Mapping[str, str], *, tpu: bool = False) -> Cluster | None:
+    """Who started this process, from its environment; None where it is alone.
+
+    In this order: `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; SLURM's
+    `srun`; Open MPI's `mpirun`; an indexed job of Kubernetes; a TPU host.
+
+    **Arguments:** `tpu`, whether this machine has TPUs: then JAX asks for the rest of the slice,
+    and of other slices.
+
+    **Raises:** `ValueError` that names the variable which is missing or wrong.
+    """
+    explicit = [n for n in (COORDINATOR, PROCESSES, PROCESS) if n in environ]
+    if PROCESSES in explicit or PROCESS in explicit:
+        for name in (COORDINATOR, PROCESSES, PROCESS):
+            if name not in environ:
+                raise ValueError(f"{' and '.join(explicit)} set, but not {name}")
+        processes, process = _number(environ, PROCESSES), _number(environ, PROCESS)
+        return _explicit(environ[COORDINATOR], processes, process)
+    if _number(environ, "SLURM_NTASKS", 1) > 1 and "SLURM_JOB_ID" in environ:
+        for name in ("SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"):
+            if name not in environ:
+                raise ValueError(
+                    f"SLURM_NTASKS is {environ['SLURM_NTASKS']}, but {name} is not set: start the "
+                    "command by srun, or unset SLURM_NTASKS for one process"
+                )
+        return Cluster("slurm")
+    if _number(environ, "OMPI_COMM_WORLD_SIZE", 1) > 1:
+        if "OMPI_MCA_orte_hnp_uri" in environ:
+            return Cluster("ompi")
+        # Open MPI 5 does not tell where its head is: the first process has to be named.
+        if COORDINATOR not in environ:
+            raise ValueError(
+                f"Open MPI started {environ['OMPI_COMM_WORLD_SIZE']} processes and does not say "
+                f"where the first one is: set {COORDINATOR} to its host:port (mpirun -x)"
+            )
+        size, rank = (_number(environ, f"OMPI_COMM_WORLD_{x}") for x in ("SIZE", "RANK"))
+        return _explicit(environ[COORDINATOR], size, rank)
+    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ and not tpu:
+        return Cluster("k8s")
+    return Cluster("tpu") if tpu else None
+
+
+def _explicit(coordinator: str, processes: int, process: int) -> Cluster | None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"{COORDINATOR} is '{coordinator}': it must be host:port")
+    if not 0 <= process < processes:
+        raise ValueError(f"process {process} of {processes}: they count from 0")
+    return None if processes == 1 else Cluster("explicit", coordinator, processes, process)
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None:
+        if default is None:
+            raise ValueError(f"{name} is not set")
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name} is '{text}', which is no number") from None
+
+
+def initialise(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> Cluster | None:
+    """Join the other processes of this job; does nothing where there are none.
+
+    Call it first: JAX cannot be told after it has found its devices.
+
+    **Arguments:** all three, or none: then `detect` reads the environment.
+
+    **Raises:** `ValueError`, see `detect`.
+    """
+    given = (coordinator, processes, process)
+    if coordinator is not None and processes is not None and process is not None:
+        found = _explicit(coordinator, processes, process)
+    elif any(x is not None for x in given):
+        raise ValueError("give coordinator, processes and process together, or none of them")
+    else:
+        found = detect(os.environ, tpu=_has_tpu())
+    if found is None:
+        return None
+    if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if found.kind == "explicit":
+        jax.distributed.initialize(found.coordinator, found.processes, found.process)
+    else:
+        method = found.kind if found.kind in ("slurm", "ompi", "k8s") else None
+        jax.distributed.initialize(cluster_detection_method=method)
+    return found
+
+
+def _has_tpu() -> bool:
+    """Whether TPUs are plugged in, and JAX may use them."""
+    platforms = os.environ.get("JAX_PLATFORMS", "tpu")
+    paths = (pathlib.Path("/dev/accel0"), pathlib.Path("/dev/vfio/0"))
+    return "tpu" in platforms and any(p.exists() for p in paths)
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes reports."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true in any process; every process must ask at the same place."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def process_rows(rows: int) -> slice:
+    """Which rows of a global batch this process loads, of batches split over all devices in order.
+
+    **Raises:** `ValueError` for rows that processes cannot share evenly.
+    """
+    count = jax.process_count()
+    if rows % count:
+        raise ValueError(f"{rows} rows cannot be shared evenly by {count} processes")
+    each = rows // count
+    return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+
+def global_batch(local: Any, sharding: Any) -> Any:
+    """Global arrays from the rows that each process has.
+
+    **Arguments:** `local`, a tree of this process's rows; `sharding`, `Zero.batch` of the whole
+    batch's shapes, or one sharding.
+    """
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, local)
+    return jax.tree.map(
+        lambda x, s: jax.make_array_from_process_local_data(s, np.asarray(x)), local, sharding
+    )
+
+
+def everywhere(host: Any, sharding: Any) -> Any:
+    """Global arrays from what every process has whole: each device is given its part.
+
+    **Arguments:** `host`, a tree of arrays, the same in every process; `sharding`, a tree of
+    theirs.
+    """
+
+    def put(x: Any, s: Any) -> Any:
+        if isinstance(x, jax.Array) and x.sharding == s:
+            return x
+        if s.is_fully_addressable:
+            return jax.device_put(x, s)
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.device_put(x, s)
+        array = np.asarray(x)
+        return jax.make_array_from_callback(array.shape, s, lambda index: array[index])
+
+    return jax.tree.map(put, host, sharding)

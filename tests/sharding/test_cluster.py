@@ -1,0 +1,188 @@
+"""Who the other processes are, and jobs of several over loopback."""
+
+import random
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from sharding import Zero, make_mesh
+from sharding.cluster import Cluster, detect, everywhere, global_batch, process_rows
+from tests.sharding.job import Job, losses
+
+# The jobs of this file share fixtures that take seconds: one worker makes them once.
+pytestmark = pytest.mark.xdist_group("cluster")
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NODELIST": "a[1-2]",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+EXPLICIT = {
+    "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234",
+    "JAX_NUM_PROCESSES": "2",
+    "JAX_PROCESS_ID": "1",
+}
+
+
+def without(environ, name):
+    return {k: v for k, v in environ.items() if k != name}
+
+
+@pytest.mark.parametrize(
+    ("environ", "kind"),
+    [
+        ({}, None),
+        ({"HOME": "/", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"}, None),
+        (SLURM, "slurm"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}, "ompi"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "k8s"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+        (SLURM | EXPLICIT, "explicit"),
+        (EXPLICIT | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
+    ],
+)
+def test_who_started_it(environ, kind):
+    found = detect(environ)
+    assert (None if found is None else found.kind) == kind
+
+
+def test_a_tpu_host_asks_for_its_slice():
+    assert detect({}, tpu=True) == Cluster("tpu")
+    assert detect(EXPLICIT, tpu=True) == Cluster("explicit", "10.0.0.1:1234", 2, 1)
+
+
+def test_open_mpi_5_needs_the_first_host():
+    environ = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+    with pytest.raises(ValueError, match="set JAX_COORDINATOR_ADDRESS"):
+        detect(environ)
+    assert detect(environ | {"JAX_COORDINATOR_ADDRESS": "h:1"}) == Cluster("explicit", "h:1", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("environ", "what"),
+    [
+        (without(EXPLICIT, "JAX_COORDINATOR_ADDRESS"), "not JAX_COORDINATOR_ADDRESS"),
+        (without(EXPLICIT, "JAX_PROCESS_ID"), "not JAX_PROCESS_ID"),
+        (EXPLICIT | {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'"),
+        (EXPLICIT | {"JAX_PROCESS_ID": "2"}, "process 2 of 2"),
+        (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "must be host:port"),
+        (without(SLURM, "SLURM_STEP_NODELIST"), "SLURM_STEP_NODELIST is not set: start .* srun"),
+        (SLURM | {"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many'"),
+    ],
+)
+def test_a_broken_environment_is_told(environ, what):
+    with pytest.raises(ValueError, match=what):
+        detect(environ)
+
+
+def test_rows_and_batches_of_one_process():
+    assert process_rows(12) == slice(0, 12)
+    zero = Zero(make_mesh())
+    rows = {"x": np.arange(16.0).reshape(8, 2)}
+    where = zero.batch(rows)
+    for made in (global_batch(rows, where), everywhere(rows, where)):
+        np.testing.assert_array_equal(made["x"], rows["x"])
+        assert made["x"].sharding == where["x"]
+    assert everywhere(made, where)["x"] is made["x"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The losses and the final state of one process with eight devices, and of two with four."""
+    out = {}
+    for processes in (1, 2):
+        folder = tmp_path_factory.mktemp(f"of{processes}")
+        with Job(folder, processes) as job:
+            job.finish()
+        out[processes] = losses(folder), np.load(folder / "final.npz")
+    return out
+
+
+def test_two_and_four_processes_train_as_one(undisturbed, tmp_path):
+    with Job(tmp_path, 4) as job:
+        job.finish()
+    want = undisturbed[1][0]
+    assert want[40] < 0.8 * want[1]
+    for got in (undisturbed[2][0], losses(tmp_path)):
+        np.testing.assert_allclose(list(got.values()), list(want.values()), atol=1e-5)
+
+
+def test_killed_ten_times_it_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
+    """Each time one of two processes gets SIGKILL, at a random moment after a few steps."""
+    rng = random.Random(0)
+    for _ in range(10):
+        before = max(losses(tmp_path), default=0)
+        with Job(tmp_path, 2) as job:
+            new = rng.randint(1, 3)
+            job.wait_for(lambda n=before + new: max(losses(tmp_path), default=0) >= n)
+            job.processes[rng.randrange(2)].kill()
+    with Job(tmp_path, 2) as job:
+        job.finish()
+    want, final = undisturbed[2]
+    assert losses(tmp_path) == want
+    got = np.load(tmp_path / "final.npz")
+    assert got.files == final.files
+    for name in final.files:
+        np.testing.assert_array_equal(got[name], final[name])
+
+
+def test_sigterm_saves_and_leaves_and_the_job_goes_on(undisturbed, tmp_path):
+    """A preemption of one process stops all of them at the same step."""
+    with Job(tmp_path, 2) as job:
+        job.wait_for(lambda: len(losses(tmp_path)) >= 3)
+        job.processes[1].send_signal(signal.SIGTERM)
+        job.finish()
+    assert len(losses(tmp_path)) < 40
+    assert "stopped" in (tmp_path / "log0.txt").read_text()
+    with Job(tmp_path, 2) as job:
+        job.finish()
+    want, final = undisturbed[2]
+    assert losses(tmp_path) == want
+    got = np.load(tmp_path / "final.npz")
+    assert all(np.array_equal(got[n], final[n]) for n in final.files)
+
+
+@pytest.fixture(scope="module")
+def eight_steps(tmp_path_factory):
+    """What eight steps on eight devices leave."""
+    folder = tmp_path_factory.mktemp("eight")
+    with Job(folder, steps=8) as job:
+        job.finish()
+    return folder
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(1, 4), (1, 1), (2, 4)])
+def test_a_checkpoint_of_eight_devices_goes_on_elsewhere(
+    undisturbed, eight_steps, tmp_path, processes, devices
+):
+    shutil.copytree(eight_steps, tmp_path, dirs_exist_ok=True)
+    with Job(tmp_path, processes, devices=devices) as job:
+        job.finish()
+    want = undisturbed[1][0]
+    np.testing.assert_allclose(
+        [losses(tmp_path)[i] for i in range(1, 41)], list(want.values()), atol=1e-5
+    )
+
+
+def test_killed_during_a_save_the_last_whole_one_loads(tmp_path):
+    folder = tmp_path / "checkpoints"
+
+    def saving():
+        return len(losses(tmp_path)) >= 3 and any("tmp" in p.name for p in folder.glob("*"))
+
+    options = ("--large", "64")
+    with Job(tmp_path, 1, devices=1, steps=200, options=options) as job:
+        job.wait_for(saving)
+        job.kill()
+    left = [p.name for p in folder.iterdir()]
+    whole = sorted(int(n) for n in left if n.isdigit())
+    assert any("tmp" in n for n in left)
+    with Job(tmp_path, 1, devices=1, steps=whole[-1] + 1, options=options) as job:
+        job.finish()
+    assert max(losses(tmp_path)) >= whole[-1] + 1
+    assert jax.process_count() == 1
