@@ -143,8 +143,9 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     from experiments.common.decoders import load
     from experiments.common.language import batches, encode, packed
     from experiments.common.loop import train
-    from experiments.common.scale import compute_dtype
+    from experiments.common.scale import compute_dtype, on_host
     from experiments.common.scores import SCORES
+    from sharding.cluster import is_main
 
     console = console or Console()
     start = time.perf_counter()
@@ -182,9 +183,10 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     shown = jpeft.summary(trainer.transform, trainer.params, uses=uses)
     console.print(str(shown), highlight=False)
     folder = None if config.out is None else config.out / f"seed{config.seed}"
+    report = folder if is_main() else None
     before = held_out_loss(trainer, trainer.init().trainable, held, loaded, config)
     with (
-        MetricsLog(folder, resume=config.resume, tensorboard=config.tensorboard) as metrics,
+        MetricsLog(report, resume=config.resume, tensorboard=config.tensorboard) as metrics,
         bar(console, config.chosen, steps) as told,
     ):
 
@@ -214,8 +216,9 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         "versions": versions("sacrebleu"),
     }
     console.print(table(result))
-    if config.out is not None and folder is not None:
-        save(config, loaded, trainer, state, folder)
+    whole = on_host(state)
+    if config.out is not None and report is not None:
+        save(config, loaded, trainer, whole, report)
         write_json(config.out / "result.json", result)
         console.print(f"written to {config.out}")
     return result

@@ -234,6 +234,8 @@ def run_seed(
     """
     from experiments.common.head import frozen_head
     from experiments.common.loop import train
+    from experiments.common.scale import on_host
+    from sharding.cluster import is_main
 
     task = prepared.data.task
     model = build(config, directory, max(1, len(task.labels)), seed)
@@ -245,9 +247,10 @@ def run_seed(
         uses = _uses(apply, params)
         console.print(str(jpeft.summary(transform, params, uses=uses)), highlight=False)
     folder = None if config.out is None else config.out / f"seed{seed}"
+    report = folder if is_main() else None
     start = time.perf_counter()
     with (
-        MetricsLog(folder, resume=config.resume, tensorboard=config.tensorboard) as metrics,
+        MetricsLog(report, resume=config.resume, tensorboard=config.tensorboard) as metrics,
         bar(console, f"seed {seed}", steps) as shown,
     ):
 
@@ -285,10 +288,11 @@ def run_seed(
             frozen_head(model, *sides, prepared.validation_shapes, prepared.pad, seed),
             prepared.labels,
         )
-    if folder is not None:
+    whole = on_host(state)
+    if report is not None:
         about = {"method": config.method, "task": config.task, "model": config.model}
-        jpeft.save(folder / "adapter.safetensors", state, transform, about)
-        write_json(folder / "result.json", result)
+        jpeft.save(report / "adapter.safetensors", whole, transform, about)
+        write_json(report / "result.json", result)
     return result
 
 
@@ -313,6 +317,8 @@ def main(
     config: Config, console: Console | None = None, more: More | None = None
 ) -> dict[str, Any]:
     """Run every seed, print the table, and write `result.json`; returns what it holds."""
+    from sharding.cluster import is_main
+
     console = console or Console()
     start = time.perf_counter()
     claim(config)
@@ -352,7 +358,7 @@ def main(
         "machine": describe_machine(),
         "versions": versions(),
     }
-    if config.out is not None:
+    if config.out is not None and is_main():
         write_json(config.out / "result.json", result)
         console.print(f"written to {config.out}")
     return result

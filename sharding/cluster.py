@@ -24,13 +24,15 @@ class Cluster:
     """How processes find one another.
 
     **Attributes:** `kind`, for people: `explicit`, `slurm`, `ompi`, `k8s` or `tpu`; `coordinator`,
-    `processes`, `process`, None where JAX reads them from the environment itself.
+    `processes`, `process`, None where JAX reads them from the environment itself; `device`, the
+    only one of its host's GPUs that this process is to have, None for what JAX gives it.
     """
 
     kind: str
     coordinator: str | None = None
     processes: int | None = None
     process: int | None = None
+    device: int | None = None
 
 
 def detect(environ: Mapping[str, str], *, tpu: bool = False) -> Cluster | None:
@@ -144,11 +146,11 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def any_process(flag: bool) -> bool:
-    """Whether `flag` is true in any process; every process must ask at the same place."""
+def largest(number: int) -> int:
+    """The largest of all processes' numbers; every process must ask at the same place."""
     if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.asarray(number, np.int32))))
 
 
 def process_rows(rows: int) -> slice:

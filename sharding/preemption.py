@@ -7,18 +7,18 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-from sharding.cluster import any_process
+from sharding.cluster import largest
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def stop_on_signals() -> Generator[Callable[[], bool]]:
+def stop_on_signals() -> Generator[Callable[[], int]]:
     """Ctrl-C and SIGTERM, which announces a preemption, let the running step end.
 
-    What it gives says whether a signal came, to this process or to another one of the job: every
-    process has to ask after each step, and they hear the same. A second signal stops at once, by
-    `KeyboardInterrupt`. Outside of the main thread signals are not ours, and it always says no.
+    What it gives returns the number of the signal that came, to this process or to another one of
+    the job, or 0: every process has to ask after each step, and they hear the same. A second signal
+    stops at once, by `KeyboardInterrupt`. Outside of the main thread signals are not ours.
     """
     seen: list[int] = []
 
@@ -32,10 +32,10 @@ def stop_on_signals() -> Generator[Callable[[], bool]]:
         for s in SIGNALS:
             old[s] = signal.signal(s, handler)
     except ValueError:
-        yield lambda: any_process(False)
+        yield lambda: largest(0)
         return
     try:
-        yield lambda: any_process(bool(seen))
+        yield lambda: largest(seen[0] if seen else 0)
     finally:
         for s, before in old.items():
             signal.signal(s, before)

@@ -35,18 +35,23 @@ USER_ERRORS = (
 def command(
     name: str, config_type: type[C], main: Callable[[C, Console], Any], description: str | None
 ) -> int:
-    """Run an experiment: 0, 2 for a user's error, 130 after Ctrl-C."""
+    """Run an experiment: 0, 2 for a user's error, 130 after Ctrl-C, 143 after SIGTERM.
+
+    In a job of several processes all of them run it, and the first one alone prints.
+    """
     from experiments.common.loop import DivergedError, InterruptedRunError
+    from sharding.cluster import initialise, is_main
 
     config = tyro.cli(config_type, description=description)
     runtime.cache_programs(cache() / "compiled")
-    console = Console()
     try:
+        initialise()
+        console = Console(quiet=not is_main())
         main(config, console)
-    except InterruptedRunError:
+    except InterruptedRunError as e:
         out = getattr(config, "out", None)
         console.print(f"stopped; the checkpoint is in {out}: go on with --resume")
-        return 130
+        return 128 + e.args[0]
     except KeyboardInterrupt:
         console.print("stopped")
         return 130
@@ -58,6 +63,8 @@ def command(
 
 def claim(config: Any) -> None:
     """Make `--out` ready. **Raises:** `ValueError` for one that holds a run not to be lost."""
+    from sharding.cluster import barrier, is_main
+
     if config.out is None:
         if config.resume or config.tensorboard:
             raise ValueError("--resume and --tensorboard need --out")
@@ -65,21 +72,26 @@ def claim(config: Any) -> None:
     out: pathlib.Path = config.out
     stamp = out / "config.json"
     now: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    if config.overwrite and stamp.exists():
+    begun, finished = stamp.exists(), (out / "result.json").exists()
+    barrier("claim")  # every process has looked; the first one writes
+    if config.overwrite and begun and is_main():
         for path in [*out.glob("seed*"), out / "runs", stamp, out / "result.json"]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if config.resume:
-        if not stamp.exists():
+        if not begun:
             raise ValueError(f"--resume: {out} holds no run")
-        before, free = json.loads(stamp.read_text()), {"resume", "overwrite", "out", "save_every"}
+        before = json.loads(stamp.read_text())
+        # A run may go on elsewhere: on another mesh, at another stage.
+        free = {"resume", "overwrite", "out", "save_every", "mesh", "stage"}
         changed = [k for k in now if k not in free and before.get(k) != now[k]]
         if changed:
             told = ", ".join(f"{k} was {before.get(k)} and is {now[k]}" for k in changed)
             raise ValueError(f"--resume: this is another run than {out} holds: {told}")
-    elif (out / "result.json").exists():
+    elif finished and not config.overwrite:
         raise ValueError(f"{out} holds a finished run: pass --overwrite, or another --out")
-    elif stamp.exists():
+    elif begun and not config.overwrite:
         raise ValueError(f"{out} holds an unfinished run: pass --resume, or --overwrite")
-    else:
+    elif is_main():
         out.mkdir(parents=True, exist_ok=True)
         write_json(stamp, now)
+    barrier("claimed")

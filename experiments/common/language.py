@@ -134,9 +134,9 @@ class LanguageTrainer(Trainer):
         """How the model reads its parameters."""
         return language_uses(self.apply, self.params, self.two_sided)
 
-    def first(self) -> Any:
+    def first(self, params: Any) -> Any:
         """What is trained, at the start."""
-        return super().first() if self.start is None else self.start
+        return super().first(params) if self.start is None else self.start
 
     def loss(self, rewritten: Any, batch: Any, key: Any) -> Any:
         """The sum over the batch's labels, and their number."""

@@ -1,22 +1,19 @@
-"""The training loop that experiments share: progress, checkpoints, Ctrl-C."""
+"""The training loop that experiments share: progress, checkpoints, signals to stop."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from experiments.common.pipeline import Batch, Batches
 from experiments.common.training import Trainer
-from jpeft.files import names
+from sharding import Checkpoints, fingerprint, stop_on_signals
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -26,7 +23,7 @@ class DivergedError(RuntimeError):
 
 
 class InterruptedRunError(Exception):
-    """Ctrl-C was pressed; a checkpoint stands in the folder."""
+    """A signal came, whose number is the argument; a checkpoint stands in the folder."""
 
 
 @dataclasses.dataclass
@@ -66,40 +63,46 @@ def train(
     **Arguments:** `folder`, where checkpoints are kept (None: nowhere); `resume`, start from the
     last one there; `log` is called with every step's `step`, `loss` and `tokens_per_second`.
 
-    **Raises:** `InterruptedRunError` after Ctrl-C, when the running step is done and saved;
-    `DivergedError`.
+    **Raises:** `InterruptedRunError` after Ctrl-C or SIGTERM, when the running step is done and
+    saved; `DivergedError`; `CheckpointError` for checkpoints of another run.
     """
     iterator = iter(batches)
     state = trainer.init()
     progress = Progress()
-    with _manager(folder) as manager:
-        if resume and manager is not None and manager.latest_step() is not None:
-            state, data = _restore(manager, state)
-            iterator.set_state(data["data"])
-            kept = ("step", "tokens", "seconds", "timed", "losses")
-            progress = Progress(**{k: data[k] for k in kept})
+    with _checkpoints(trainer, folder) as saved, stop_on_signals() as stopping:
+        if resume and saved is not None and saved.latest() is not None:
+            state, about = saved.restore(state)
+            iterator.set_state(about["data"])
+            progress = Progress(**about["progress"])
         compiled: set[Any] = set()
-        with _stop_on_interrupt() as stopped:
-            while progress.step < trainer.schedule.steps:
-                batch = next(iterator)
-                start = time.perf_counter()
-                key = trainer.key(progress.step)
-                state, metrics = trainer.step(state, trainer.frozen, batch, key)
-                value = float(metrics["loss"])
-                _record(progress, batch, value, time.perf_counter() - start, compiled)
-                log(
-                    {
-                        "step": progress.step,
-                        "loss": value,
-                        "tokens_per_second": progress.tokens_per_second,
-                    }
-                )
-                last = progress.step == trainer.schedule.steps
-                if manager and (last or stopped() or progress.step % save_every == 0):
-                    _save(manager, progress, state, iterator.get_state())
-                if stopped() and not last:
-                    raise InterruptedRunError
+        while progress.step < trainer.schedule.steps:
+            batch = next(iterator)
+            start = time.perf_counter()
+            key = trainer.key(progress.step)
+            state, metrics = trainer.step(state, trainer.frozen, batch, key)
+            value = float(metrics["loss"])
+            _record(progress, batch, value, time.perf_counter() - start, compiled)
+            log(
+                {
+                    "step": progress.step,
+                    "loss": value,
+                    "tokens_per_second": progress.tokens_per_second,
+                }
+            )
+            last = progress.step == trainer.schedule.steps
+            signal = 0 if last else stopping()
+            if saved and (last or signal or progress.step % save_every == 0):
+                about = {"progress": dataclasses.asdict(progress), "data": iterator.get_state()}
+                saved.save(progress.step, state, about)
+            if signal:
+                raise InterruptedRunError(signal)
     return state.trainable, progress
+
+
+def _checkpoints(trainer: Trainer, folder: pathlib.Path | None) -> Any:
+    if folder is None:
+        return nullcontext()
+    return Checkpoints(folder / "checkpoint", keep=2, base=fingerprint(trainer.frozen))
 
 
 def _record(
@@ -117,63 +120,3 @@ def _record(
         progress.timed += 1
         progress.tokens += int(batch["attention_mask"].sum())
     compiled.add(shapes)  # the first step of each shape compiles, and is no measure
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C lets the running step end; a second one stops at once."""
-    pressed: list[int] = []
-
-    def handler(number: int, frame: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    try:
-        old = signal.signal(signal.SIGINT, handler)
-    except ValueError:  # not in the main thread: there Ctrl-C is not ours
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, old)
-
-
-@contextmanager
-def _manager(folder: pathlib.Path | None) -> Iterator[Any]:
-    if folder is None:
-        yield None
-        return
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    manager = ocp.CheckpointManager(folder.resolve() / "checkpoint", options=options)
-    try:
-        yield manager
-    finally:
-        manager.close()
-
-
-def _save(manager: Any, progress: Progress, state: Any, data: Any) -> None:
-    about = {
-        "step": progress.step,
-        "tokens": progress.tokens,
-        "seconds": progress.seconds,
-        "timed": progress.timed,
-        "losses": progress.losses,
-        "data": data,
-    }
-    arrays = ocp.args.StandardSave(names(state))  # type: ignore[call-arg]
-    args = ocp.args.Composite(arrays=arrays, about=ocp.args.JsonSave(about))  # type: ignore
-    if manager.latest_step() != progress.step:
-        manager.save(progress.step, args=args)
-
-
-def _restore(manager: Any, state: Any) -> tuple[Any, dict[str, Any]]:
-    abstract = jax.eval_shape(lambda: names(state))
-    args = ocp.args.Composite(
-        arrays=ocp.args.StandardRestore(abstract),  # type: ignore[call-arg]
-        about=ocp.args.JsonRestore(),  # type: ignore[call-arg]
-    )
-    found = manager.restore(manager.latest_step(), args=args)
-    leaves = [found["arrays"][n] for n in names(state)]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves), found["about"]

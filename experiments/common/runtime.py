@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import sys
 
 # Each step's temporary buffer is one large allocation. glibc would map it afresh every time, and
@@ -37,9 +38,20 @@ def _libc() -> str:
         return ""
 
 
+def threads_environment() -> dict[str, str]:
+    """`NPROC`, so many threads that virtual devices of a CPU can all meet in a collective: with
+    fewer than devices they wait for one another for ever. Empty where there are none, or it is set.
+    """
+    flag = r"xla_force_host_platform_device_count=(\d+)"
+    devices = re.search(flag, os.environ.get("XLA_FLAGS", ""))
+    if devices is None or "NPROC" in os.environ:
+        return {}
+    return {"NPROC": str(max(2 * int(devices[1]), os.cpu_count() or 1))}
+
+
 def restart_tuned() -> None:
-    """Start this command again with `malloc_environment`, if that changes anything."""
-    environment = malloc_environment()
+    """Start this command again with what its process has to be started with, if anything."""
+    environment = malloc_environment() | threads_environment()
     if environment and sys.orig_argv:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | environment)
 

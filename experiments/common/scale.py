@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 import jpeft
 from experiments.common.numbers import Precision, Stage
@@ -85,3 +87,14 @@ def all_axes(transform: jpeft.Transform, params: Any, trainable: Any, axes: Axes
     """The names of the axes of parameters and of what is trained, by path."""
     own = jpeft.trainable_axes(transform, params, trainable, axes)
     return lambda path, shape: own[path] if path in own else axes(path, shape)
+
+
+def on_host(tree: Any) -> Any:
+    """Whole arrays in this process's memory; every process of a job must ask."""
+
+    def whole(x: Any) -> Any:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(whole, tree)

@@ -104,11 +104,15 @@ class Trainer:
             object.__setattr__(self, name, value)
 
         zero, options = self.scale.zero(), compiler_options()
-        start = self.scale.trained(self.first())
-        base = jpeft.frozen(self.transform, self.params, start)
+        leaves = jax.tree.leaves(self.params)
+        # One made anew of another's parameters, to look at a trained state, has no start.
+        whole = not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+        start = self.scale.trained(self.first(self.params)) if whole else None
+        shapes = jax.eval_shape(lambda p: self.scale.trained(self.first(p)), self.params)
+        base = jpeft.frozen(self.transform, self.params, shapes)
         axes, arrays = self.axes, base.arrays
         if zero is not None:
-            axes = axes and all_axes(self.transform, self.params, start, axes)
+            axes = axes and all_axes(self.transform, self.params, shapes, axes)
             arrays = jax.device_put(arrays, zero.parameters(arrays, axes))
         put("_start", start)
         put("_base", base)
@@ -128,9 +132,9 @@ class Trainer:
         outputs = jax.jit(self._outputs, compiler_options=options, out_shardings=where)
         put("outputs", outputs)
 
-    def first(self) -> Any:
+    def first(self, params: Any) -> Any:
         """What is trained, at the start."""
-        return self.transform.init(jax.random.key(self.seed), self.params, uses=self.uses())
+        return self.transform.init(jax.random.key(self.seed), params, uses=self.uses())
 
     def init(self) -> State:
         """The state at the start: what is trained, and the optimiser's."""
@@ -149,8 +153,17 @@ class Trainer:
         return jax.random.fold_in(jax.random.key(self.seed), step)
 
     def rewritten(self, frozen: Any, state: Any, key: Any = None, task: Any = None) -> Any:
-        """The parameters as the model is to read them."""
+        """The parameters as the model is to read them.
+
+        **Arguments:** `task`, each example's number in a stack of states, none of them -1: what the
+        model had in place of a trained copy is not kept.
+        """
         params = self._base.params(frozen)
+        if task is not None:
+            shape = jax.ShapeDtypeStruct
+            params = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, shape) else x, params
+            )
         return self.transform.rewrite(params, state, key=key, task=task)
 
     def _loss(self, state: Any, frozen: Any, batch: Any, key: Any) -> Any:

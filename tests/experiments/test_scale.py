@@ -1,0 +1,128 @@
+"""The experiments over several devices and processes, and in other numbers."""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments.common.runtime import threads_environment
+from experiments.finetune import Config as FinetuneConfig
+from experiments.finetune import main as finetune
+from experiments.lora_glue import Config, main
+from tests.tiny import write_model, write_task
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scale")
+    return Config(
+        task="sst2",
+        data=write_task(folder / "data"),
+        model=str(write_model(folder / "model")),
+        method="lora",
+        batch=8,
+        max_steps=6,
+        lr=1e-2,
+        dropout=False,
+        baseline=False,
+    )
+
+
+def losses(config, run=main):
+    return run(config, Console(file=io.StringIO()))["seeds"][0]["losses"]
+
+
+@pytest.fixture(scope="module")
+def alone(config):
+    return losses(config)
+
+
+@pytest.mark.parametrize(
+    ("stage", "mesh", "accumulate"), [(3, "all", 1), (0, "data=2,fsdp=2,tensor=2", 2)]
+)
+def test_a_mesh_changes_no_loss(config, alone, stage, mesh, accumulate):
+    split = dataclasses.replace(config, mesh=mesh, stage=stage, accumulate=accumulate)
+    np.testing.assert_allclose(losses(split), alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "mixed", "stochastic"])
+def test_other_numbers_train(config, alone, precision):
+    got = losses(dataclasses.replace(config, precision=precision, method="full", lr=1e-3))
+    want = losses(dataclasses.replace(config, method="full", lr=1e-3))
+    assert got != want
+    np.testing.assert_allclose(got, want, atol=0.05)
+
+
+def test_language_models_on_a_mesh():
+    config = FinetuneConfig(batch=8, max_steps=3, generate=2, new_tokens=4, held_out=16)
+    results = [
+        finetune(c, Console(file=io.StringIO()))
+        for c in (config, dataclasses.replace(config, mesh="fsdp=4,tensor=2"))
+    ]
+    np.testing.assert_allclose(results[0]["losses"], results[1]["losses"], atol=2e-4)
+    assert results[0]["answers"] == results[1]["answers"]
+
+
+def test_wrong_layouts_are_told(config):
+    with pytest.raises(ValueError, match="no axis 'model'"):
+        losses(dataclasses.replace(config, mesh="model=8"))
+    with pytest.raises(ValueError, match="has 6 rows, which 8 devices cannot share"):
+        losses(dataclasses.replace(config, mesh="all", batch=6))
+
+
+def test_virtual_devices_have_threads(monkeypatch):
+    monkeypatch.delenv("NPROC")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=64")
+    assert threads_environment() == {"NPROC": "128"}
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert threads_environment() == {}
+
+
+def test_two_processes_write_one_report(config, alone, tmp_path):
+    """The command as a scheduler starts it, over loopback."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "experiments.lora_glue", "--task", "sst2"]
+    command += ["--data", str(config.data), "--model", config.model, "--batch", "8"]
+    command += ["--max-steps", "6", "--lr", "0.01", "--no-dropout", "--no-baseline"]
+    command += ["--out", str(tmp_path / "out")]
+    processes = []
+    for i in range(2):
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(i),
+        }
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    told = [p.communicate(timeout=240)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(told)
+    assert "written to" in told[0]
+    assert "written to" not in told[1]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    np.testing.assert_allclose(result["seeds"][0]["losses"], alone, atol=2e-5)
+    lines = (tmp_path / "out" / "seed0" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x)["step"] for x in lines] == [*range(1, 7), 6]
+    assert (tmp_path / "out" / "seed0" / "adapter.safetensors").is_file()
