@@ -6,6 +6,7 @@ written so that it does not depend on either.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,12 @@ def bind(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     info = info._replace(arg_names=None, result_paths=None)
     program = jex.Jaxpr([], list(given), eqn.outvars, [eqn], eqn.effects, debug_info=info)
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(program, []))(*given.values())  # type: ignore[no-any-return]
+
+
+def named_like(eqn: jex.JaxprEqn) -> contextlib.AbstractContextManager[Any]:
+    """The name stack of an equation, so that profiles show what is done for it beside it."""
+    scope = str(eqn.source_info.name_stack)
+    return jax.named_scope(scope) if scope else contextlib.nullcontext()
 
 
 def _step() -> None:

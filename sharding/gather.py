@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sharding._program import bind, opened, scan_parts, shape_of, traced
+from sharding._program import bind, named_like, opened, scan_parts, shape_of, traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +108,13 @@ def _walk(program: jex.Jaxpr, consts: Sequence[Any], operands: Sequence[Any]) ->
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, jex.Literal) else values[atom]
 
-    def whole(atom: Any) -> Any:
+    def whole(atom: Any, reader: jex.JaxprEqn) -> Any:
         value = read(atom)
         if not isinstance(value, _Shards):
             return value
         if atom not in known:  # gathered once, however often it is read here
-            known[atom] = value.whole()
+            with named_like(reader):
+                known[atom] = value.whole()
         return known[atom]
 
     for eqn in program.eqns:
@@ -121,9 +122,10 @@ def _walk(program: jex.Jaxpr, consts: Sequence[Any], operands: Sequence[Any]) ->
         outs = None
         if any(isinstance(x, _Shards) for x in here):
             rule = _RULES.get(eqn.primitive.name)
-            outs = None if rule is None else rule(eqn, here)
+            with named_like(eqn):
+                outs = None if rule is None else rule(eqn, here)
         if outs is None:
-            outs = bind(eqn, [whole(a) for a in eqn.invars])
+            outs = bind(eqn, [whole(a, eqn) for a in eqn.invars])
         values.update(zip(eqn.outvars, outs, strict=True))
     return [read(a) for a in program.outvars]
 
