@@ -21,6 +21,7 @@ from experiments.common import runtime
 from experiments.common.command import command
 from experiments.common.console import bar
 from experiments.common.long_texts import draw_rows, read_texts
+from experiments.common.numbers import Precision, Stage
 from experiments.common.plots import COLOURS, figure
 from experiments.common.report import describe_machine, versions, write_json
 from experiments.common.timing import timed_steps
@@ -89,6 +90,14 @@ class Config:
     """Turns of the timed steps."""
     seed: int = 0
     """Of the split of the texts, the rows, and the updates' initial values."""
+    precision: Precision = "float32"
+    """What the model computes in and trained arrays are kept in, as finetune's."""
+    mesh: str | None = None
+    """Devices, as data=2,fsdp=4; `all` puts every one on fsdp; without it one device is used."""
+    stage: Stage = 3
+    """ZeRO's stage on that mesh: 0 is data parallel, 3 shards parameters too."""
+    accumulate: int = 1
+    """Take a batch in so many parts, and sum their gradients."""
     out: pathlib.Path | None = None
     """Folder for `result.json` and the plot."""
 
@@ -170,6 +179,7 @@ def load(config: Config, console: Console) -> Loaded:
     from flax import nnx
 
     from experiments.common import decoders
+    from experiments.common.scale import compute_dtype
     from experiments.common.texts import byte_codec
     from jpeft.hf.models import LLAMA
     from jpeft.models.llama import Llama
@@ -178,10 +188,12 @@ def load(config: Config, console: Console) -> Loaded:
         if config.vocabulary is not None:
             raise ValueError("--vocabulary goes with a --model in llama2.c's format")
         small = dataclasses.replace(decoders.TINY, hidden_size=32, max_position_embeddings=64)
-        model = Llama(small, rngs=nnx.Rngs(config.seed))
+        dtype = compute_dtype(config.precision)
+        model = Llama(small, rngs=nnx.Rngs(config.seed), dtype=dtype)
         return decoders.Loaded(model, byte_codec(), LLAMA, None)
     key = jax.random.key(config.seed)
-    options: dict[str, Any] = {"dtype": "float32", "remat": False, "key": key}
+    dtype = compute_dtype(config.precision)
+    options: dict[str, Any] = {"dtype": dtype, "remat": False, "key": key}
     loaded = decoders.load(str(config.model), config.vocabulary, console, **options)
     if not isinstance(loaded.model, Llama):
         raise ValueError(f"--model {config.model}: this experiment extends Llamas alone")
@@ -210,6 +222,7 @@ def run(
     import jax
 
     from experiments.common import next_tokens as nt
+    from experiments.common.scale import axes_of, on_host, scale_of
     from experiments.common.training import Schedule
 
     original, params = jpeft.functional(model)
@@ -222,9 +235,13 @@ def run(
         variant, tuned, row = VARIANTS[name], params, dict[str, Any]()
         if variant.transform is not None:
             apply, transform = shifted if variant.shifted else whole, variant.transform(config.rank)
-            trainer = nt.NextTokens(apply, params, transform, schedule, config.seed, plain=whole)
+            layout: dict[str, Any] = {"scale": scale_of(config), "axes": axes_of(model)}
+            trainer = nt.NextTokens(
+                apply, params, transform, schedule, config.seed, plain=whole, **layout
+            )
             trainers[name] = trainer
             state, done = train(trainer, texts, name, console)
+            state = on_host(state)
             tuned = jpeft.merge(transform.rewrite(params, state))
             row["trained"] = sum(x.size for x in jax.tree.leaves(state))
             row["losses"] = [round(x, 5) for x in done.losses]

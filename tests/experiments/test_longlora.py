@@ -239,3 +239,12 @@ def test_perplexity_is_that_of_the_pieces():
         logits = model(jnp.asarray(pieces))[:, :-1]
         wanted = jnp.take_along_axis(jax.nn.log_softmax(logits), pieces[:, 1:, None], axis=2)
         assert got[str(n)] == pytest.approx(float(jnp.exp(-wanted.mean())), rel=1e-5)
+
+
+def test_over_devices_it_trains_the_same():
+    config = longlora.Config(variants=("lora",), batch=8, **QUICK)
+    alone, split = (
+        longlora.main(c, Console(quiet=True))["rows"]["lora"]["losses"]
+        for c in (config, dataclasses.replace(config, mesh="all"))
+    )
+    np.testing.assert_allclose(split, alone, atol=1e-4)
