@@ -1,12 +1,14 @@
 """Checkpoints of a training state, on any devices, that a job goes on from after it was killed.
 
 Orbax writes them: each process its own shards, in the background, and a checkpoint appears whole,
-by a rename, or not at all.
+by a rename, or not at all. Beside them is a sum of every array's bits: Orbax takes what the disk
+gives it, and a bit that has changed would go on as another number.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import pathlib
 from types import TracebackType
@@ -17,8 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from sharding.checkpoint_bits import bit_sums, is_key, named, plain
+from sharding.checkpoint_bits import fingerprint as fingerprint
+from sharding.cluster import largest
+
 logger = logging.getLogger("sharding")
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(ValueError):
@@ -50,6 +56,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._damaged: set[int] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -68,23 +75,42 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def save(self, step: int, state: Any, about: Any = None) -> None:
-        """Save a state; one of that step that is there already stays.
+        """Save a state; one of that step that is there already stays, unless it was damaged.
 
         **Arguments:** `state`, a tree of arrays, PRNG keys among them; `about`, what JSON can hold:
         where the data stand, for one.
+
+        **Raises:** `CheckpointError` for a step before the newest one; `TypeError` for an `about`
+        that JSON cannot hold.
         """
-        if step in self._manager.all_steps():
-            return
-        arrays = {n: _shared(_plain(x)) for n, x in _named(state).items()}
-        note = {
+        found = named(state)
+        note: dict[str, Any] = {
             "format": FORMAT,
-            "arrays": {n: [list(x.shape), str(x.dtype)] for n, x in _named(state).items()},
-            "keys": {
-                n: str(jax.random.key_impl(x)) for n, x in _named(state).items() if _is_key(x)
-            },
+            "arrays": {n: [list(x.shape), str(x.dtype)] for n, x in found.items()},
+            "keys": {n: str(jax.random.key_impl(x)) for n, x in found.items() if is_key(x)},
             "base": self.base,
             "about": about,
         }
+        try:
+            json.dumps(note)
+        except (TypeError, ValueError) as e:
+            raise TypeError(f"`about` of step {step} must be what JSON can hold: {e}") from e
+        # What was passed over when this run went on would stand in its way, and be passed over.
+        for number in sorted(self._damaged):
+            logger.warning("%s is removed: the run went on without it", self.folder / str(number))
+            self._manager.delete(number)
+        self._damaged.clear()
+        if step in self._manager.all_steps():
+            return
+        newest = self.latest()
+        if newest is not None and step < newest:
+            raise CheckpointError(
+                f"{self.folder} holds step {newest}, and this one is {step}: a run that goes back "
+                "needs another folder, or the newer checkpoints removed"
+            )
+        note["sums"] = bit_sums(found)
+        note["digest"] = _digest(note)
+        arrays = {n: _shared(plain(x)) for n, x in found.items()}
         args = ocp.args.Composite(
             arrays=ocp.args.StandardSave(arrays),  # type: ignore[call-arg]
             note=ocp.args.JsonSave(note),  # type: ignore[call-arg]
@@ -94,8 +120,8 @@ class Checkpoints:
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, Any]:
         """A state like `like`, where its shardings say, and `about`.
 
-        Without a step it is the newest one that can be read: a damaged one is passed over, with a
-        warning.
+        Without a step it is the newest one that can be read, by every process: a damaged one is
+        passed over, with a warning.
 
         **Arguments:** `like`, a tree of arrays or of `jax.ShapeDtypeStruct`s with shardings: other
         devices, and another number of processes, than those that saved.
@@ -103,47 +129,77 @@ class Checkpoints:
         **Raises:** `CheckpointError` where there is none, where none can be read, and for one of
         another tree or another base.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
-        if not steps or (step is not None and step not in self._manager.all_steps()):
-            raise CheckpointError(
-                f"{self.folder} holds no checkpoint" + ("" if step is None else f" of step {step}")
-            )
-        for number in steps:
-            try:
-                return self._read(number, like)
-            except CheckpointError:
-                raise
-            except Exception as e:
-                damage = f"{self.folder / str(number)} cannot be read: {_first_line(e)}"
-                if number == steps[-1]:
-                    raise CheckpointError(damage) from e
+        self.wait()
+        known = {s for s in self._manager.all_steps() if step in (None, s)}
+        damage = ""
+        while (number := largest(max(known, default=-1))) >= 0:
+            if largest(int(number not in known)):
+                raise CheckpointError(
+                    f"some processes find step {number} in {self.folder}, and others do not: it "
+                    "must be a folder that all of them share"
+                )
+            known.remove(number)
+            if damage:
                 logger.warning("%s; the one before it is taken", damage)
-        raise AssertionError
+            found, damage = self._try(number, like)
+            if not damage:
+                return found
+            self._damaged.add(number)
+        if not damage:
+            told = "" if step is None else f" of step {step}"
+            damage = f"{self.folder} holds no checkpoint{told}"
+        raise CheckpointError(damage)
 
-    def _read(self, step: int, like: Any) -> tuple[Any, Any]:
-        args: Any = ocp.args.Composite(note=ocp.args.JsonRestore())  # type: ignore[call-arg]
-        note = self._manager.restore(step, args=args)["note"]
+    def _try(self, step: int, like: Any) -> tuple[Any, str]:
+        """The state and `about` of a step, or what is wrong with it, of which processes agree."""
+        state, note, damage = None, {}, ""
+        try:
+            state, note = self._read(step, like)
+        except CheckpointError:
+            raise
+        except Exception as e:  # Orbax and TensorStore have no error of their own for damage
+            damage = _first_line(e)
+        # Each reads its own shards: where one cannot, the others must not go on without it.
+        if not largest(int(bool(damage))):
+            sums = bit_sums(named(state))
+            wrong = [n for n, number in note["sums"].items() if sums[n] != number]
+            if not largest(int(bool(wrong))):
+                return (state, note["about"]), ""
+            damage = f"not what was saved: {', '.join(wrong[:5])}" if wrong else ""
+        damage = damage or "another process cannot read it"
+        return None, f"{self.folder / str(step)} cannot be read: {damage}"
+
+    def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """What this process is to have of a step. Nothing here waits for the other processes.
+
+        Orbax's manager does, at the end of reading: where one has failed, the others would wait.
+        """
+        where = self._manager.directory / str(step)
+        args: Any = ocp.args.JsonRestore()  # type: ignore[call-arg]
+        note: Any = ocp.JsonCheckpointHandler().restore(where / "note", args=args)
+        if note.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{self.folder / str(step)} is of format {note.get('format')}, not {FORMAT}"
+            )
+        if note.pop("digest", None) != _digest(note):
+            raise ValueError("its note is not what was saved")
         self._check(step, note, like)
-        named = _named(like)
-        wanted = {n: _abstract(x) for n, x in named.items()}
-        args = ocp.args.Composite(
-            arrays=ocp.args.StandardRestore(wanted)  # type: ignore[call-arg]
+        wanted = named(like)
+        args = ocp.args.StandardRestore(  # type: ignore[call-arg]
+            {n: _abstract(x) for n, x in wanted.items()}
         )
-        found = self._manager.restore(step, args=args)["arrays"]
-        keys = note["keys"]
-        leaves = [_as(found[n], x, keys.get(n)) for n, x in named.items()]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), note["about"]
+        found: Any = ocp.StandardCheckpointHandler().restore(where / "arrays", args=args)
+        leaves = [_as(found[n], x, note["keys"].get(n)) for n, x in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), note
 
     def _check(self, step: int, note: dict[str, Any], like: Any) -> None:
         where = self.folder / str(step)
-        if note.get("format") != FORMAT:
-            raise CheckpointError(f"{where} is of format {note.get('format')}, not {FORMAT}")
         if self.base is not None and note["base"] not in (None, self.base):
             raise CheckpointError(
                 f"{where} was trained on other frozen parameters (fingerprint {note['base']}, "
                 f"these have {self.base})"
             )
-        have, want = note["arrays"], _named(like)
+        have, want = note["arrays"], named(like)
         problems = [f"missing: {n}" for n in want if n not in have]
         problems += [f"unexpected: {n}" for n in have if n not in want]
         for n, x in want.items():
@@ -156,48 +212,8 @@ class Checkpoints:
             raise CheckpointError(f"{where} holds another state:\n  {shown}{more}")
 
 
-def fingerprint(tree: Any) -> str:
-    """A short name of a tree's exact contents: paths, shapes, types, and sums of their bits.
-
-    Sums of integers do not depend on how arrays are sharded. It reads every array once.
-    """
-    digest = hashlib.sha256()
-    for name, x in sorted(_named(tree).items()):
-        plain = _plain(x)
-        digest.update(f"{name} {tuple(x.shape)} {x.dtype} {int(_bit_sum(plain))}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-@jax.jit
-def _bit_sum(x: Any) -> Any:
-    """The sum of an array's bits, read as whole numbers and weighed by place, modulo 2^32."""
-    if jnp.issubdtype(x.dtype, jnp.bool_):
-        x = x.astype(jnp.uint8)
-    elif not jnp.issubdtype(x.dtype, jnp.integer):
-        x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    # Weighed, so that two numbers which change places are seen.
-    weight = jnp.uint32(1)
-    for axis in range(x.ndim):
-        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        weight = weight * jnp.uint32(31) + place
-    return jnp.sum(x.astype(jnp.uint32) * (2 * weight + 1), dtype=jnp.uint32)
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Arrays by path."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    out = {jax.tree_util.keystr(p, simple=True, separator="/") or "array": x for p, x in flat}
-    if len(out) != len(flat):
-        raise ValueError("two arrays of the state have the same path")
-    return out
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _plain(x: Any) -> Any:
-    return jax.random.key_data(x) if _is_key(x) else x
+def _digest(note: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note).encode()).hexdigest()[:16]
 
 
 def _shared(x: Any) -> Any:
@@ -209,7 +225,7 @@ def _shared(x: Any) -> Any:
 def _abstract(x: Any) -> Any:
     """What Orbax is told to make."""
     sharding = _place(x)
-    if _is_key(x):
+    if is_key(x):
         x = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
     if sharding is None or (sharding.is_fully_addressable and jax.process_count() > 1):
         return np.empty(x.shape, x.dtype)

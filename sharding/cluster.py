@@ -6,6 +6,7 @@ Nothing here runs at import: a command calls `initialise` before it touches a de
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import pathlib
 from collections.abc import Mapping
@@ -70,20 +71,48 @@ def detect(environ: Mapping[str, str], *, tpu: bool = False) -> Cluster | None:
                 f"Open MPI started {environ['OMPI_COMM_WORLD_SIZE']} processes and does not say "
                 f"where the first one is: set {COORDINATOR} to its host:port (mpirun -x)"
             )
-        size, rank = (_number(environ, f"OMPI_COMM_WORLD_{x}") for x in ("SIZE", "RANK"))
-        return _explicit(environ[COORDINATOR], size, rank)
-    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ and not tpu:
+        size, rank, local = (
+            _number(environ, f"OMPI_COMM_WORLD_{x}") for x in ("SIZE", "RANK", "LOCAL_RANK")
+        )
+        return _explicit(environ[COORDINATOR], size, rank, local)
+    if tpu:
+        return _tpu(environ)
+    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
         return Cluster("k8s")
-    return Cluster("tpu") if tpu else None
+    return None
 
 
-def _explicit(coordinator: str, processes: int, process: int) -> Cluster | None:
+def _tpu(environ: Mapping[str, str]) -> Cluster | None:
+    """A TPU host: alone, or one of a slice, or of several."""
+    slices = _number(environ, "MEGASCALE_NUM_SLICES", 1)
+    hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
+    if slices > 1:
+        for name in ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_SLICE_ID"):
+            if name not in environ:
+                raise ValueError(f"MEGASCALE_NUM_SLICES is {slices}, but {name} is not set")
+    elif hosts is None:
+        # A machine of Compute Engine: its metadata server knows, where it may be asked.
+        return None if "TPU_SKIP_MDS_QUERY" in environ else Cluster("tpu")
+    elif "," not in hosts:
+        return None
+    if hosts is not None:
+        worker, count = _number(environ, "TPU_WORKER_ID"), len(hosts.split(","))
+        if not 0 <= worker < count:
+            raise ValueError(f"TPU_WORKER_ID is {worker}, of {count} hosts: they count from 0")
+    return Cluster("tpu")
+
+
+def _explicit(
+    coordinator: str, processes: int, process: int, device: int | None = None
+) -> Cluster | None:
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"{COORDINATOR} is '{coordinator}': it must be host:port")
     if not 0 <= process < processes:
         raise ValueError(f"process {process} of {processes}: they count from 0")
-    return None if processes == 1 else Cluster("explicit", coordinator, processes, process)
+    if processes == 1:
+        return None
+    return Cluster("explicit", coordinator, processes, process, device)
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -107,7 +136,7 @@ def initialise(
 
     **Arguments:** all three, or none: then `detect` reads the environment.
 
-    **Raises:** `ValueError`, see `detect`.
+    **Raises:** `ValueError`, see `detect`; and for Kubernetes without its Python package.
     """
     given = (coordinator, processes, process)
     if coordinator is not None and processes is not None and process is not None:
@@ -120,19 +149,33 @@ def initialise(
         return None
     if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # JAX's own preemption service takes SIGTERM from the start and keeps it to itself: a job that
+    # is still loading would not stop. `stop_on_signals` takes it where there is something to save.
+    jax.config.update("jax_enable_preemption_service", False)
+    if found.kind == "k8s" and importlib.util.find_spec("kubernetes") is None:
+        raise ValueError(
+            "an indexed job of Kubernetes is found by the package kubernetes: pip install "
+            f"'jax[k8s]', or set {COORDINATOR}, {PROCESSES} and {PROCESS}"
+        )
     if found.kind == "explicit":
-        jax.distributed.initialize(found.coordinator, found.processes, found.process)
+        jax.distributed.initialize(
+            found.coordinator, found.processes, found.process, local_device_ids=found.device
+        )
     else:
-        method = found.kind if found.kind in ("slurm", "ompi", "k8s") else None
+        # JAX knows Kubernetes and TPUs when it looks by itself; by name it finds only these two.
+        method = found.kind if found.kind in ("slurm", "ompi") else None
         jax.distributed.initialize(cluster_detection_method=method)
     return found
 
 
 def _has_tpu() -> bool:
     """Whether TPUs are plugged in, and JAX may use them."""
-    platforms = os.environ.get("JAX_PLATFORMS", "tpu")
-    paths = (pathlib.Path("/dev/accel0"), pathlib.Path("/dev/vfio/0"))
-    return "tpu" in platforms and any(p.exists() for p in paths)
+    if "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu").split(","):
+        return False
+    # Virtual machines pass other devices on by vfio too: TPUs are no use without their library.
+    library = "TPU_LIBRARY_PATH" in os.environ or importlib.util.find_spec("libtpu") is not None
+    device = pathlib.Path("/dev")
+    return library and any((*device.glob("accel[0-9]*"), *device.glob("vfio/[0-9]*")))
 
 
 def is_main() -> bool:

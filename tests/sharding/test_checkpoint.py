@@ -1,6 +1,7 @@
 """Checkpoints: there and back to the bit, onto other shardings, and what is refused."""
 
 import logging
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding import CheckpointError, Checkpoints, fingerprint, make_mesh
+from sharding.checkpoint_bits import bit_sums
 
 MESH = make_mesh()
 SPLIT, WHOLE = NamedSharding(MESH, P("fsdp")), NamedSharding(MESH, P())
@@ -93,12 +95,93 @@ def test_another_state_is_refused_with_all_that_differs(tmp_path, state):
     assert "w is float32[16, 4], not float32[16, 5]" in told
 
 
+def test_what_is_saved_is_what_was_there_when_it_was_saved(tmp_path):
+    """The next step eats the arrays while they are written."""
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros((8, 2**18))
+    with Checkpoints(tmp_path, keep=4) as saved:
+        for i in range(4):
+            saved.save(i, {"x": x})
+            x = step(x)
+        for i in range(4):
+            like = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}
+            assert np.all(np.asarray(saved.restore(like, i)[0]["x"]) == i)
+
+
+def test_what_json_cannot_hold_is_told_at_once(tmp_path, state):
+    with Checkpoints(tmp_path) as saved:
+        with pytest.raises(TypeError, match="`about` of step 1 must be what JSON can hold"):
+            saved.save(1, state, {"data": object()})
+        assert saved.latest() is None
+
+
 def truncate(folder):
     for path in folder.rglob("*"):
         if path.is_file() and path.stat().st_size > 0 and "d" in path.parent.name:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+# Where one read fails, TensorStore drops the others without a look at them.
+dropped = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"
+)
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@dropped
+def test_no_bit_goes_wrong_unseen(tmp_path, caplog):
+    """Whichever file of it is damaged: the state is the one that was saved, or the one before."""
+    rng = np.random.default_rng(0)
+    # Random numbers, too many to stand within an index: nothing else would tell one from another.
+    states = [
+        {"w": jax.device_put(rng.normal(size=(64, 64)), SPLIT), "n": jnp.full(3, i)} for i in (0, 1)
+    ]
+    with Checkpoints(tmp_path / "whole") as saved:
+        for i, state in enumerate(states):
+            saved.save(i, state, {"of": i})
+    files = [p for p in (tmp_path / "whole" / "1").rglob("*") if p.is_file() and p.stat().st_size]
+    taken = []
+    for number, file in enumerate(files):
+        copy = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", copy)
+        flip(copy / file.relative_to(tmp_path / "whole"), file.stat().st_size // 2)
+        with Checkpoints(copy) as saved:
+            got, about = saved.restore(states[0])
+        same(got, states[about["of"]])
+        taken.append(about["of"])
+    assert 0 in taken
+    assert "not what was saved: w" in caplog.text
+    note = tmp_path / "whole" / "1" / "note" / "metadata"
+    note.write_text(note.read_text().replace('{"of": 1}', '{"of": 7}'))
+    with Checkpoints(tmp_path / "whole") as saved:
+        assert saved.restore(states[0])[1] == {"of": 0}
+
+
+@dropped
+def test_a_run_that_went_on_without_a_damaged_one_replaces_it(tmp_path, state, caplog):
+    with Checkpoints(tmp_path) as saved:
+        for i in (2, 3, 4):
+            saved.save(i, state, f"first {i}")
+    for i in (3, 4):
+        truncate(tmp_path / str(i))
+    with Checkpoints(tmp_path) as saved:
+        assert saved.restore(state)[1] == "first 2"
+        saved.save(3, state, "again 3")
+        assert "4 is removed" in caplog.text
+        saved.save(4, state, "again 4")
+        saved.wait()
+        assert saved.restore(state)[1] == "again 4"
+        assert saved.restore(state, 3)[1] == "again 3"
+        with pytest.raises(CheckpointError, match="holds step 4, and this one is 1"):
+            saved.save(1, state)
+
+
+@dropped
 def test_a_damaged_one_is_passed_over(tmp_path, state, caplog):
     with Checkpoints(tmp_path) as saved:
         for i in (1, 2):
@@ -112,6 +195,7 @@ def test_a_damaged_one_is_passed_over(tmp_path, state, caplog):
         assert "2 cannot be read" in caplog.text
         with pytest.raises(CheckpointError, match="2 cannot be read"):
             saved.restore(state, 2)
+        same(saved.restore(state, 1)[0], state)
     truncate(tmp_path / "1")
     with Checkpoints(tmp_path) as saved, pytest.raises(CheckpointError, match="cannot be read"):
         saved.restore(state)
@@ -142,3 +226,20 @@ def test_a_fingerprint_is_of_contents_not_of_places(state):
         {**state, "key": jax.random.key(6)},
     ):
         assert fingerprint(other) != name
+
+
+DTYPES = "bool int8 uint32 int64 float8_e4m3fn bfloat16 float32 float64 complex64 complex128"
+
+
+@pytest.mark.parametrize("dtype", DTYPES.split())
+def test_each_bit_of_each_number_counts(dtype):
+    with jax.enable_x64(True):
+        dtype = jnp.dtype(dtype)
+        raw = np.zeros((3, 2, dtype.itemsize), np.uint8)
+        seen = [bit_sums({"x": raw.view(dtype)[..., 0]})["x"]]
+        for bit in range(1 if dtype.name == "bool" else 8 * dtype.itemsize):
+            for row in range(3):
+                changed = raw.copy()
+                changed[row, 1, bit // 8] = 1 << bit % 8
+                seen.append(bit_sums({"x": changed.view(dtype)[..., 0]})["x"])
+        assert len(set(seen)) == len(seen)

@@ -7,8 +7,9 @@ import signal
 import jax
 import numpy as np
 import pytest
+from jax._src.clusters import ClusterEnv
 
-from sharding import Zero, make_mesh
+from sharding import Zero, initialise, make_mesh
 from sharding.cluster import Cluster, detect, everywhere, global_batch, process_rows
 from tests.sharding.job import Job, losses
 
@@ -51,16 +52,80 @@ def test_who_started_it(environ, kind):
     assert (None if found is None else found.kind) == kind
 
 
-def test_a_tpu_host_asks_for_its_slice():
-    assert detect({}, tpu=True) == Cluster("tpu")
+SLICES = {
+    "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "0",
+    "MEGASCALE_COORDINATOR_ADDRESS": "slice-0-0:8080",
+}
+
+
+@pytest.mark.parametrize(
+    ("environ", "joins"),
+    [
+        ({}, True),  # the metadata server knows
+        ({"TPU_SKIP_MDS_QUERY": "1"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, False),
+        ({"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_HOSTNAMES": "a,b"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a", "TPU_WORKER_ID": "0"} | SLICES, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+    ],
+)
+def test_a_tpu_host_is_alone_or_one_of_a_slice(environ, joins):
+    assert detect(environ, tpu=True) == (Cluster("tpu") if joins else None)
+
+
+def test_what_is_told_goes_before_what_a_tpu_host_knows():
     assert detect(EXPLICIT, tpu=True) == Cluster("explicit", "10.0.0.1:1234", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("environ", "what"),
+    [
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_ID is not set"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "2"}, "TPU_WORKER_ID is 2, of 2 hosts"),
+        (without(SLICES, "MEGASCALE_SLICE_ID"), "MEGASCALE_SLICE_ID is not set"),
+    ],
+)
+def test_a_broken_tpu_environment_is_told(environ, what):
+    with pytest.raises(ValueError, match=what):
+        detect(environ, tpu=True)
 
 
 def test_open_mpi_5_needs_the_first_host():
     environ = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
     with pytest.raises(ValueError, match="set JAX_COORDINATOR_ADDRESS"):
         detect(environ)
-    assert detect(environ | {"JAX_COORDINATOR_ADDRESS": "h:1"}) == Cluster("explicit", "h:1", 2, 1)
+    environ |= {"JAX_COORDINATOR_ADDRESS": "h:1"}
+    with pytest.raises(ValueError, match="OMPI_COMM_WORLD_LOCAL_RANK is not set"):
+        detect(environ)
+    # JAX does not know this one, so it would give each process all GPUs of the host.
+    environ |= {"OMPI_COMM_WORLD_LOCAL_RANK": "3"}
+    assert detect(environ) == Cluster("explicit", "h:1", 2, 1, device=3)
+
+
+def test_how_jax_is_told(monkeypatch):
+    """By name JAX finds SLURM and Open MPI alone: the others it has to look for by itself."""
+    names = {c.name for c in ClusterEnv._cluster_types}
+    told = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: told.append((a, k)))
+    kubernetes = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    for environ in (SLURM, EXPLICIT, kubernetes):
+        for name in {*SLURM, *EXPLICIT, *kubernetes}:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        initialise()
+    assert told.pop() == ((), {"cluster_detection_method": None})
+    assert told.pop() == (("10.0.0.1:1234", 2, 1), {"local_device_ids": None})
+    assert told.pop() == ((), {"cluster_detection_method": "slurm"})
+    assert {"slurm", "ompi"} <= names
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install 'jax\\[k8s\\]'"):
+        initialise()
+    with pytest.raises(ValueError, match="together, or none"):
+        initialise("10.0.0.1:1234")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +182,7 @@ def test_killed_ten_times_it_ends_as_if_nothing_had_happened(undisturbed, tmp_pa
     rng = random.Random(0)
     for _ in range(10):
         before = max(losses(tmp_path), default=0)
-        with Job(tmp_path, 2) as job:
+        with Job(tmp_path, 2, options=("--every", "1")) as job:
             new = rng.randint(1, 3)
             job.wait_for(lambda n=before + new: max(losses(tmp_path), default=0) >= n)
             job.processes[rng.randrange(2)].kill()
@@ -145,6 +210,26 @@ def test_sigterm_saves_and_leaves_and_the_job_goes_on(undisturbed, tmp_path):
     assert losses(tmp_path) == want
     got = np.load(tmp_path / "final.npz")
     assert all(np.array_equal(got[n], final[n]) for n in final.files)
+
+
+def test_a_shard_that_one_process_cannot_read_is_passed_over_by_all(tmp_path):
+    """The other one has read its own, and must not go on from there alone."""
+    options = ("--large", "1", "--every", "1")
+    with Job(tmp_path, 2, steps=3, options=options) as job:
+        job.finish()
+    own = tmp_path / "checkpoints" / "3" / "arrays" / "ocdbt.process_1"
+    shards = [p for p in own.rglob("*") if p.is_file() and p.stat().st_size > 2**16]
+    assert shards
+    for path in shards:
+        path.write_bytes(path.read_bytes()[:1000])
+    before = losses(tmp_path)
+    (tmp_path / "losses.jsonl").unlink()
+    with Job(tmp_path, 2, steps=4, options=options) as job:
+        job.finish()
+    assert list(losses(tmp_path)) == [3, 4]
+    assert losses(tmp_path)[3] == before[3]
+    assert "3 cannot be read: another process cannot" in (tmp_path / "log0.txt").read_text()
+    assert "3 cannot be read: Encountered error" in (tmp_path / "log1.txt").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +260,7 @@ def test_killed_during_a_save_the_last_whole_one_loads(tmp_path):
     def saving():
         return len(losses(tmp_path)) >= 3 and any("tmp" in p.name for p in folder.glob("*"))
 
-    options = ("--large", "64")
+    options = ("--large", "64", "--every", "1")
     with Job(tmp_path, 1, devices=1, steps=200, options=options) as job:
         job.wait_for(saving)
         job.kill()

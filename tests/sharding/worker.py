@@ -1,7 +1,7 @@
 """One process of a small training job, for tests that kill it.
 
 `python -m tests.sharding.worker FOLDER --steps N`: trains a small MLP over all devices of the job,
-saves after every step, writes `losses.jsonl` as it goes, and `final.npz` at the end.
+saves now and then, writes `losses.jsonl` as it goes, and `final.npz` at the end.
 """
 
 import argparse
@@ -44,10 +44,11 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--every", type=int, default=20, help="steps between two saves")
     parser.add_argument("--stage", type=int, default=3)
     parser.add_argument("--large", type=int, default=0, help="MiB of more state: saves take longer")
     args = parser.parse_args()
-    jax.config.update("jax_compilation_cache_dir", str(args.folder / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(args.folder.parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     initialise()
     zero = Zero(make_mesh(), args.stage, smallest=1)
@@ -71,9 +72,10 @@ def main():
             if is_main():
                 with (args.folder / "losses.jsonl").open("a") as f:
                     f.write(json.dumps({"step": done, "loss": float(metrics["loss"])}) + "\n")
-            saved.save(done, (state, key), {"step": done})
-            if stopping():
-                saved.wait()
+            stop = stopping()
+            if stop or done % args.every == 0 or done == args.steps:
+                saved.save(done, (state, key), {"step": done})
+            if stop:
                 print("stopped", flush=True)
                 return 0
     whole = jax.jit(lambda x: x, out_shardings=zero.replicated)((state.trainable, state.optimiser))
