@@ -10,7 +10,6 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -52,6 +51,9 @@ class Config:
     """Forget activations and compute them again in the backward pass."""
     accumulate: int = 1
     """Take a batch in so many parts, and sum their gradients."""
+    chunk: int = 1024
+    """Tokens whose logits a device makes at a time. Where the head is trained its gradient is
+    summed over devices once for each: more of them then save much of what goes over the wires."""
     rank: int = 8
     """LoRA's rank, and that of its kin."""
     alpha: float = 16.0
@@ -68,6 +70,8 @@ class Config:
     """Find the largest batch that fits, and report it; --batch is not read."""
     plain: bool = False
     """Compile without the interleaving of products with collectives, for counts as in theory."""
+    options: tuple[str, ...] = ()
+    """More options of the compiler, as name=value."""
     out: pathlib.Path | None = None
     """Folder for result.json."""
 
@@ -86,46 +90,18 @@ class Config:
 
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Compile, print and write."""
-    import jax
-
-    from experiments.common.plan import plan
-    from sharding import batch_shards, make_mesh
-    from sharding.aot import PLAIN, compile_for, topology
-
     console = console or Console()
     start = time.perf_counter()
     if config.method in ("head", "top"):
         raise ValueError(f"--method {config.method} is a classifier's: there is no head here")
-    mesh = make_mesh(config.mesh, topology(config.topology, config.slices))
-    planned = plan(config, mesh)
-
-    def report_of(rows: int) -> Report:
-        with console.status(f"compiling {rows} rows for {mesh.size} devices"):
-            options = PLAIN if config.plain else None
-            return compile_for(*planned.arguments(rows), options=options)
-
-    rows, tried = config.batch, {}
-    if config.search:
-        unit = batch_shards(mesh) * config.accumulate
-        rows, tried = largest(report_of, unit, console)
-    report = tried.get(rows) or report_of(rows)
-    needed = planned.model_flops(rows)
-    result = {
-        "config": dataclasses.asdict(config) | {"out": None, "precision": config.numbers},
-        "batch": rows,
-        "mesh": dict(mesh.shape),
-        "parameters": planned.parameters,
-        "trained": planned.trained,
-        **described(report, needed, rows * config.sequence),
-        "tried": {str(n): r.memory.peak for n, r in sorted(tried.items())},
+    found = searched(config, console) if config.search else compiled(config)
+    result = found | {
         "wall_seconds": time.perf_counter() - start,
         "peak_memory": peak_memory(),
         "machine": describe_machine(),
         "versions": versions("libtpu"),
     }
-    del jax
-    for shown in tables(result):
-        console.print(shown)
+    show(result, console)
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "result.json", result)
@@ -133,53 +109,59 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     return result
 
 
-def largest(
-    report_of: Callable[[int], Report], unit: int, console: Console, most: int = 10
-) -> tuple[int, dict[int, Report]]:
-    """The largest batch, a multiple of `unit` rows, that fits, and what was tried on the way.
+def compiled(config: Config) -> dict[str, Any]:
+    """What the compiled step says, as `result.json` has it."""
+    from experiments.common.plan import plan
+    from sharding import make_mesh
+    from sharding.aot import GATHERS, PLAIN, compile_for, topology
 
-    Memory grows about linearly with the batch: each try is where the line through the two nearest
-    ones meets what there is, kept between the largest that fits and the smallest that does not.
-
-    **Raises:** `ValueError` where not even `unit` rows fit.
-    """
-    tried: dict[int, Report] = {}
-
-    def fits(n: int) -> bool:
-        report = tried[n] = report_of(n * unit)
-        memory = report.memory
-        console.print(f"{n * unit} rows: {_gib(memory.peak)} of {_gib(memory.limit)}")
-        return report.fits
-
-    if not fits(1):
-        memory = tried[1].memory
-        raise ValueError(
-            f"{unit} rows, the fewest that these devices can share, take {_gib(memory.peak)} of "
-            f"{_gib(memory.limit)} on each: try more devices, a higher --stage, or tensor=... in "
-            "--mesh"
-        )
-    low, high, guess = 1, None, 2
-    while (high is None or high - low > 1) and len(tried) < most:
-        if fits(guess):
-            low = guess
-        else:
-            high = guess
-        guess = _next(tried, low, high)
-    return low * unit, {n * unit: r for n, r in tried.items()}
+    options = {**GATHERS, **(PLAIN if config.plain else {}), **parsed(config.options)}
+    mesh = make_mesh(config.mesh, topology(config.topology, config.slices))
+    planned = plan(config, mesh)
+    report = compile_for(*planned.arguments(config.batch), options=options)
+    needed = planned.model_flops(config.batch)
+    return {
+        "config": dataclasses.asdict(config) | {"out": None, "precision": config.numbers},
+        "mesh": dict(mesh.shape),
+        "parameters": planned.parameters,
+        "trained": planned.trained,
+        **described(report, needed, config.batch * config.sequence),
+    }
 
 
-def _next(tried: dict[int, Report], low: int, high: int | None) -> int:
-    """Where the line through the last two that fit, or around the limit, meets the limit."""
-    known = sorted(tried)
-    first = known[known.index(low) - 1] if high is None else low
-    second = low if high is None else high
-    at, to = tried[first].memory.peak, tried[second].memory.peak
-    slope = (to - at) / max(second - first, 1)
-    limit = tried[low].memory.limit
-    met = int((limit - tried[low].memory.peak) / slope) + low if slope > 0 else 2 * low
-    if high is None:
-        return min(max(met, low + 1), 8 * low)
-    return min(max(met, low + 1), high - 1)
+def searched(config: Config, console: Console) -> dict[str, Any]:
+    """What the largest batch says that fits."""
+    from experiments.common.largest import Tried, apart, largest
+    from sharding import batch_shards, make_mesh
+    from sharding.aot import topology
+
+    mesh = make_mesh(config.mesh, topology(config.topology, config.slices))
+    results: dict[int, dict[str, Any]] = {}
+
+    def attempt(rows: int) -> Tried | None:
+        with console.status(f"compiling {rows} rows"):
+            result = apart(compiled, dataclasses.replace(config, batch=rows))
+        if result is None:
+            console.print(f"{rows} rows: the compiler crashed")
+            return None
+        results[rows] = result
+        held = result["bytes_per_device"]
+        tried = Tried(held["total"], held["limit"], result["fits"])
+        console.print(f"{rows} rows: {tried}")
+        return tried
+
+    rows = largest(attempt, batch_shards(mesh) * config.accumulate)
+    totals = {str(n): r["bytes_per_device"]["total"] for n, r in sorted(results.items())}
+    return results[rows] | {"tried": totals}
+
+
+def parsed(options: tuple[str, ...]) -> dict[str, str]:
+    """Compiler options by name. **Raises:** `ValueError` for one without a value."""
+    pairs = [option.partition("=") for option in options]
+    for name, equals, _ in pairs:
+        if not name or not equals:
+            raise ValueError(f"--options takes name=value: '{name}{equals}' is none")
+    return {name.lstrip("-"): value for name, _, value in pairs}
 
 
 def described(report: Report, model_flops: float, tokens: int) -> dict[str, Any]:
@@ -206,7 +188,7 @@ def described(report: Report, model_flops: float, tokens: int) -> dict[str, Any]
             "outputs": m.outputs,
             "temporaries": m.temporaries,
             "code": m.code,
-            "total": m.peak,
+            "total": m.total,
             "limit": m.limit,
         },
         "flops": {
@@ -235,55 +217,56 @@ def _chips(report: Report) -> float:
     return report.devices / report.chip.devices
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
-    """Memory by kind; collectives by kind; flops and the estimate."""
+def show(result: dict[str, Any], console: Console) -> None:
+    """Memory by kind; where it fits, collectives by kind, the estimate, and flops."""
     config, held = result["config"], result["bytes_per_device"]
-    what = f"{config['model']}, {config['method']}, stage {config['stage']}, {config['precision']}"
-    where = f"{result['devices']} devices of {config['topology']}"
-    size = f"{result['batch']} x {config['sequence']} tokens"
-    memory = Table(title=f"{what}, {size}, {where}")
-    memory.add_column("on each device")
-    memory.add_column("GiB", justify="right")
+    console.print(
+        f"{config['model']}, {result['trained']:,} of {result['parameters']:,} parameters trained "
+        f"({config['method']}), stage {config['stage']}, {config['precision']}; "
+        f"{config['batch']} x {config['sequence']} tokens on {result['devices']} devices of "
+        f"{config['topology']}, {', '.join(f'{k}={v}' for k, v in result['mesh'].items())}",
+        highlight=False,
+    )
+    memory = _table("memory", "on each device", "GiB")
     for kind, n in held.items():
         if kind not in ("total", "limit") and n:
             memory.add_row(kind, f"{n / 2**30:,.3f}")
     memory.add_section()
     memory.add_row("total", f"{held['total'] / 2**30:,.3f}")
-    fits = "fits" if result["fits"] else "does not fit"
-    memory.add_row(f"there is: {fits}", f"{held['limit'] / 2**30:,.3f}")
+    fits = "it fits" if result["fits"] else "it does not fit"
+    memory.add_row(f"there is ({fits})", f"{held['limit'] / 2**30:,.3f}")
+    console.print(memory)
     if not result["fits"]:
-        return [memory]
-    wires = Table(title="collectives of a step, on each device")
-    for name in ("kind", "runs", "elements", "GiB", "GiB outside loops", "largest, MiB"):
-        wires.add_column(name, justify="left" if name == "kind" else "right")
+        return
+    wires = _table("collectives of a step", "on each device", "runs", "GiB", "GiB outside loops")
     for kind, c in result["collectives"].items():
-        wires.add_row(
-            kind,
-            f"{c['runs']:,}",
-            f"{c['elements']:,}",
-            f"{c['bytes'] / 2**30:,.3f}",
-            f"{c['outside_loops'] / 2**30:,.3f}",
-            f"{c['largest'] / 2**20:,.1f}",
-        )
+        numbers = (f"{c['bytes'] / 2**30:,.3f}", f"{c['outside_loops'] / 2**30:,.3f}")
+        wires.add_row(kind, f"{c['runs']:,}", *numbers)
+    console.print(wires)
     flops, line = result["flops"], result["estimate"]
-    time_ = Table(title="the least time of a step (nothing waits, all at their peak)")
-    time_.add_column("")
-    time_.add_column("seconds", justify="right")
+    least = _table("the least time of a step", "all at their peak, nothing waits", "seconds")
     for name in ("compute", "memory", "wires"):
-        time_.add_row(name, f"{line[name]:.4f}")
-    time_.add_section()
-    time_.add_row(f"step, bound by {line['bound']}", f"{line['step_seconds']:.4f}")
-    time_.caption = (
+        least.add_row(name, f"{line[name]:.4f}")
+    least.add_section()
+    least.add_row(f"step, bound by {line['bound']}", f"{line['step_seconds']:.4f}")
+    console.print(least)
+    console.print(
         f"{flops['step'] / 1e15:,.3f} Pflop a step, {flops['model'] / 1e15:,.3f} without what is "
-        f"computed again; {flops['replication']:.3f} of it in the program; MFU at most "
-        f"{line['mfu']:.1%}, {line['tokens_per_second_per_chip']:,.0f} tokens/s a chip"
+        f"computed again; the program's on all devices are {flops['replication']:.3f} of that. At "
+        f"most {line['mfu']:.1%} MFU and {line['tokens_per_second_per_chip']:,.0f} tokens/s a chip",
+        highlight=False,
     )
-    return [memory, wires, time_]
 
 
-def _gib(n: float) -> str:
-    return f"{n / 2**30:,.2f} GiB"
+def _table(title: str, *columns: str) -> Table:
+    out = Table(title=title)
+    for i, name in enumerate(columns):
+        out.add_column(name, justify="right" if i else "left")
+    return out
 
 
 if __name__ == "__main__":
-    sys.exit(command("aot", Config, main, __doc__))
+    from sharding.tpus import alone
+
+    with alone():
+        sys.exit(command("aot", Config, main, __doc__))

@@ -197,7 +197,9 @@ def _inner(program: Program, i: Instruction, role: str, how: Runs) -> Runs:
     if role in ("body", "condition") and i.op == "while":
         trips = trip_count(program, i)
         return Runs(how.times * (1 if trips is None else trips), (*how.loops, trips), how.fused)
-    return Runs(how.times, how.loops, how.fused or i.op == "fusion" or role == "to_apply")
+    # What a reduction applies to each element is inside of it; a call is not.
+    inside = i.op == "fusion" or (role == "to_apply" and i.op != "call")
+    return Runs(how.times, how.loops, how.fused or inside)
 
 
 def trip_count(program: Program, loop: Instruction) -> int | None:

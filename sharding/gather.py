@@ -212,7 +212,8 @@ def _without_gathered(policy: Callable[..., Any]) -> Callable[..., Any]:
 def _scan(eqn: jex.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     p = eqn.params
     n_consts, n_carry = scan_parts(eqn)
-    consts, joined_consts = _split(operands[:n_consts])
+    # What every pass reads, such as the head that a loss in chunks reads, is gathered once.
+    consts = [_whole(x) for x in operands[:n_consts]]
     init = [_whole(x) for x in operands[n_consts : n_consts + n_carry]]
     layers: list[Any] = []
     for x in operands[n_consts + n_carry :]:
@@ -221,10 +222,10 @@ def _scan(eqn: jex.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     xs, joined = _split(layers)
 
     def layer(consts: list[Any], carry: list[Any], x: list[Any]) -> list[Any]:
-        inside = [*joined_consts(consts), *carry, *joined(x)]
+        inside = [*consts, *carry, *joined(x)]
         return [_whole(y) for y in _inside(p["jaxpr"], inside)]
 
-    if not _forgets(opened(p["jaxpr"])[0], [*operands[:n_consts], *init, *layers]):
+    if not _forgets(opened(p["jaxpr"])[0], [*consts, *init, *layers]):
         # Or the backward pass would find every layer's gathered parameters kept.
         everything = jax.checkpoint_policies.everything_saveable
         layer = jax.checkpoint(layer, prevent_cse=False, policy=_without_gathered(everything))

@@ -62,7 +62,7 @@ def topology(name: str, slices: int = 1) -> list[Any]:
 
     more: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     try:
-        with _alone():
+        with alone():
             return list(topologies.get_topology_desc(name, "tpu", **more).devices)
     except Exception as e:  # libtpu's errors are JAX's runtime errors, of many kinds
         raise TopologyError(
@@ -88,8 +88,10 @@ def mismatch() -> str:
 
 
 @contextmanager
-def _alone() -> Generator[None]:
-    """libtpu's answers in the environment, while it is loaded; none on a host that has TPUs."""
+def alone() -> Generator[None]:
+    """libtpu's answers in the environment, while it is loaded, so that it does not complain to the
+    terminal that there is no TPU; on a host that has some, nothing is changed.
+    """
     here = any(pathlib.Path(p).exists() for p in ("/dev/accel0", "/dev/vfio/0"))
     before = {name: os.environ.get(name) for name in _ALONE}
     # JAX fills some of them with messages, of what it could not find out, when it is imported.

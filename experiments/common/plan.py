@@ -21,9 +21,6 @@ from sharding import Step, Zero, axes_by_pattern, batch_shards, make_step
 from sharding.aot import placed
 from sharding.costs import traced_flops
 
-# Tokens whose logits a device makes at a time.
-CHUNK = 1024
-
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
@@ -101,7 +98,7 @@ def plan(options: Any, mesh: Mesh) -> Planned:
     axes = all_axes(transform, params, trainable, axes_by_pattern(TABLES[Llama]))
     room = jpeft.room(transform)
     virtual = jpeft.first_virtual_id(transform, config.vocab_size)
-    chunk = CHUNK * batch_shards(mesh)
+    chunk = options.chunk * batch_shards(mesh)
 
     def loss_of(apply: Any) -> Any:
         def loss(trainable: Any, frozen: Any, batch: Any, key: Any) -> Any:
