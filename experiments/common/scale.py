@@ -90,11 +90,11 @@ def all_axes(transform: jpeft.Transform, params: Any, trainable: Any, axes: Axes
 
 
 def on_host(tree: Any) -> Any:
-    """Whole arrays in this process's memory; every process of a job must ask."""
+    """Whole arrays, each process's own, on no mesh; every process of a job must ask."""
 
     def whole(x: Any) -> Any:
         if x.is_fully_addressable or x.is_fully_replicated:
-            return np.asarray(x)
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+            return jnp.asarray(np.asarray(x))
+        return jnp.asarray(multihost_utils.process_allgather(x, tiled=True))
 
     return jax.tree.map(whole, tree)

@@ -88,6 +88,7 @@ def test_virtual_devices_have_threads(monkeypatch):
     assert threads_environment() == {}
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_report(config, alone, tmp_path):
     """The command as a scheduler starts it, over loopback."""
     with socket.socket() as s:

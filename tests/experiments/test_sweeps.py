@@ -22,6 +22,8 @@ from experiments.common.loop import InterruptedRunError
 from experiments.common.methods import METHODS
 from tests.tiny import write_model, write_task
 
+pytestmark = pytest.mark.slow  # every one runs many trainings
+
 
 @pytest.fixture
 def made(tmp_path):

@@ -22,6 +22,7 @@ def test_shares_are_theory():
             assert got[kind] == pytest.approx(n / 4 if kind in shared else n, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
 )

@@ -14,7 +14,7 @@ from sharding.cluster import Cluster, detect, everywhere, global_batch, process_
 from tests.sharding.job import Job, losses
 
 # The jobs of this file share fixtures that take seconds: one worker makes them once.
-pytestmark = pytest.mark.xdist_group("cluster")
+pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.slow]
 
 SLURM = {
     "SLURM_JOB_ID": "7",
