@@ -1,0 +1,148 @@
+"""Training steps whose memory is accounted for: predicted, and as compiled programs say."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+from experiments.common.methods import Method, Sizes
+from experiments.common.numbers import Precision, Stage
+
+if TYPE_CHECKING:
+    from experiments.common.plan import Planned
+    from jpeft.memory import Account, Measured
+
+Optimiser = Literal["adam", "sgd", "adafactor"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A step: what `experiments.common.plan` asks for, and its rows over all devices."""
+
+    model: str
+    method: Method
+    numbers: Precision
+    stage: Stage
+    remat: bool
+    rows: int
+    sequence: int
+    sizes: Sizes = Sizes(targets=())
+    accumulate: int = 1
+    chunk: int = 1024
+
+    @property
+    def title(self) -> str:
+        """In a few words."""
+        keeps = "remat" if self.remat else "keeps all"
+        return f"{self.model}, {self.method}, {self.numbers}, stage {self.stage}, {keeps}"
+
+
+def cases() -> list[Case]:
+    """The twelve: methods by stages by what is kept, and then other numbers and another model."""
+    made: list[Case] = []
+    kinds: tuple[tuple[Method, Precision], ...] = (("full", "mixed"), ("lora", "bfloat16"))
+    for method, numbers in kinds:
+        for stage in (0, 3):
+            for remat in (True, False):
+                made.append(Case("qwen3-0.6b", method, numbers, stage, remat, 32, 1024))
+    for method in ("full", "lora"):
+        made.append(Case("qwen3-0.6b", method, "float32", 3, False, 32, 1024))
+    for method, numbers in kinds:
+        made.append(Case("llama-3.2-1b", method, numbers, 3, True, 64, 2048))
+    return made
+
+
+def seen_by_one(case: Case) -> Planned:
+    """The step as one device sees it, whose shapes do not depend on the stage."""
+    from jax.sharding import AbstractMesh
+
+    from experiments.common.plan import plan
+    from sharding import AXES
+
+    return plan(case, AbstractMesh((1, 1, 1), AXES))
+
+
+def predicted(
+    case: Case,
+    devices: int,
+    optimiser: Optimiser = "adam",
+    compiler: str = "tpu",
+    planned: Planned | None = None,
+) -> Account:
+    """The account of a case's step on one of so many devices, all on `fsdp`.
+
+    **Arguments:** `planned`, what `seen_by_one` gives, where it is at hand.
+    """
+    import jax
+    from jax.sharding import AbstractMesh
+
+    from experiments.common.scale import Scale
+    from jpeft.memory import account
+    from sharding import AXES, Zero
+
+    planned = planned or seen_by_one(case)
+    zero, axes = Zero(AbstractMesh((1, devices, 1), AXES), case.stage), planned.step.axes
+    update = planned.step.optimiser
+    if optimiser != "adam":
+        update = Scale(precision=case.numbers).optimiser(_other(optimiser), 0)
+    state = jax.eval_shape(update.init, planned.trainable)
+    divide = {
+        "trained": _parts(planned.trainable, zero.parameters(planned.trainable, axes)),
+        "frozen": _parts(planned.frozen, zero.parameters(planned.frozen, axes)),
+        # Each is scattered as it is made, from stage 1 on: its device's part is all that is read.
+        "gradients": _parts(planned.trainable, zero.reduced(planned.trainable, axes)),
+        "optimiser": _parts(state, zero.optimiser(state, planned.trainable, axes)),
+    }
+    return account(
+        planned.step.loss,
+        update,
+        planned.trainable,
+        planned.frozen,
+        planned.batch(case.rows // devices),
+        jax.eval_shape(lambda: jax.random.key(0)),
+        divide=divide,
+        compiler=compiler,
+    )
+
+
+def _other(optimiser: Optimiser) -> Any:
+    import optax
+
+    return {"sgd": optax.sgd, "adafactor": optax.adafactor}[optimiser](1e-3)
+
+
+def _parts(tree: Any, shardings: Any) -> Any:
+    """Over how many devices each array is split."""
+    import math
+
+    import jax
+
+    def of(x: Any, s: Any) -> int:
+        return math.prod(x.shape) // math.prod(s.shard_shape(x.shape))
+
+    return jax.tree.map(of, tree, shardings)
+
+
+def compiled(case: Case, mesh: Any) -> Measured:
+    """What the program of a case's step, compiled for a mesh, says."""
+    from experiments.common.plan import plan
+    from jpeft.memory import measured
+
+    step, *arguments = plan(case, mesh).arguments(case.rows)
+    return measured(step.lower(*arguments).compile())
+
+
+def compared(case: Case, account: Account, found: Measured) -> dict[str, Any]:
+    """A row of the check: `error` is the prediction's, of the peak."""
+    of = found.peak or found.total
+    return {
+        "case": dataclasses.asdict(case) | {"sizes": None},
+        "title": case.title,
+        "predicted": account.kinds(),
+        "predicted_total": account.total,
+        "measured": dataclasses.asdict(found),
+        "measured_peak": of,
+        "measured_total": found.total,
+        "error": account.total / of - 1,
+        "error_of_total": account.total / found.total - 1,
+    }

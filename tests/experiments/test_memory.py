@@ -1,0 +1,119 @@
+"""The memory command: the rule, a model's account, and the comparison with a program."""
+
+import io
+import json
+
+import jax
+import pytest
+from rich.console import Console
+
+from experiments.common.accounts import Case, cases, compared, compiled, predicted
+from experiments.memory import Config, check_table, main
+from jpeft.memory import Account, Measured, rule_of_thumb
+from sharding import make_mesh
+
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The directory of a small Llama that has no weights."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    return str(folder)
+
+
+def run(config):
+    console = Console(file=io.StringIO(), width=120)
+    return main(config, console), console.file.getvalue()
+
+
+def test_the_lectures_table(tmp_path):
+    result, shown = run(Config(params=1e9, out=tmp_path / "out"))
+    assert result["total"] == 24e9
+    for kind, gb in (("trained", "4.000"), ("gradients", "4.000"), ("optimiser", "8.000")):
+        assert any(kind in line and gb in line for line in shown.splitlines())
+    assert "24.000" in shown
+    written = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert written["bytes_per_device"] == rule_of_thumb(1e9).kinds()
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    run(Config(params=1e9, devices=8, precision="mixed", out=tmp_path))
+    for name in ("memory.png", "memory.svg"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_a_models_account_by_stage(model):
+    config = Config(
+        model=model, method="full", precision="mixed", stage=2, devices=8, batch=8, sequence=64
+    )
+    result, shown = run(config)
+    stages = {int(s): Account(**kinds) for s, kinds in result["stages"].items()}
+    assert result["bytes_per_device"] == stages[2].kinds()
+    assert "stage 3" in shown
+    # Masters are twice as wide as parameters; stage 1 has an eighth of what is not tiny.
+    assert stages[0].masters == 2 * stages[0].trained
+    assert stages[0].masters / 8 <= stages[1].masters < stages[0].masters / 6
+    assert stages[1].trained == stages[0].trained > 6 * stages[3].trained
+    assert stages[3].gathered > 0 == stages[2].gathered
+
+
+def test_remat_method_and_optimiser_tell(model):
+    def total(**options):
+        return run(Config(model=model, batch=4, sequence=128, **options))[0]["bytes_per_device"]
+
+    plain = total()
+    assert total(remat=True)["activations"] < plain["activations"] / 4
+    lora = total(method="lora")
+    assert lora["frozen"] == plain["trained"]
+    assert lora["optimiser"] < plain["optimiser"] / 10
+    assert total(optimiser="sgd")["optimiser"] == 0
+    assert 0 < total(optimiser="adafactor")["optimiser"] < plain["optimiser"]
+
+
+def test_prediction_and_program_of_one_device(model):
+    """On this processor, whose compiler has habits of its own."""
+    case = Case(model, "lora", "float32", 0, False, 8, 128)
+    found = compiled(case, make_mesh(None, jax.devices()[:1]))
+    got = compared(case, predicted(case, 1, compiler="cpu"), found)
+    assert abs(got["error"]) < 0.15
+    assert got["measured_total"] == found.total
+    assert got["predicted_total"] == sum(got["predicted"].values())
+
+
+def test_the_checks_table():
+    """Twelve different steps; the peak is what errors are of, where a compiler tells it."""
+    assert len(set(cases())) == 12
+    row = compared(cases()[0], Account(trained=110), Measured(60, 60, 60, 60, 100))
+    assert row["error"] == pytest.approx(0.1)
+    assert row["error_of_total"] == pytest.approx(110 / 120 - 1)
+    console = Console(file=io.StringIO(), width=150)
+    console.print(check_table({"rows": [row], "topology": "v5p:2x2x2"}))
+    assert "+10.0%" in console.file.getvalue()
+    assert "-8.3%" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (Config(), "pass one of --params, --model and --check"),
+        (Config(params=1e9, check=True), "pass one of"),
+        (Config(params=1e9, precision="bfloat16"), "has float32 and mixed"),
+        (Config(model="llama-3-8b", devices=3), "3 devices cannot share --batch 8"),
+        (Config(model="llama-3-8b", method="head"), "there is no head here"),
+    ],
+)
+def test_refusals(config, told):
+    with pytest.raises(ValueError, match=told):
+        run(config)
