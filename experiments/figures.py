@@ -203,7 +203,53 @@ def finetune() -> str:
     return f"{markdown(header, rows)}\n\n{about}, {c['beams']} beams; {source(r)}."
 
 
+def aot() -> str:
+    """`aot`: steps compiled for slices that are not there."""
+    names = (
+        "llama-3-8b_lora_v5e-16x16",
+        "llama-3-70b_full_v5p-8x8x8",
+        "llama-3-70b_full_v5p-8x8x8_data-8",
+    )
+    rows: list[list[str]] = []
+    for r in (read("aot", n) for n in names):
+        c, found, e = r["config"], r["bytes_per_device"], r["estimate"]
+        rows.append(
+            [
+                f"{c['model']}, {c['method']}",
+                f"{c['topology']}, {c['mesh'] or 'all on fsdp'}",
+                f"{c['batch']:,} x {c['sequence']:,}",
+                f"{found['total'] / 2**30:.1f} of {found['limit'] / 2**30:.1f}",
+                f"{e['step_seconds']:.2f}",
+                f"{100 * e['mfu']:.0f}%",
+                f"{r['wall_seconds']:.0f}",
+            ]
+        )
+    header = ["model, method", "slice, mesh", "batch", "GiB a chip", "least s a step"]
+    versions = f"libtpu {r['versions']['libtpu']}"
+    about = f"Stage 3, bf16, activations made again; {versions}, {source(r)}."
+    return f"{markdown([*header, 'MFU at most', 's to compile'], rows)}\n\n{about}"
+
+
+def memory() -> str:
+    """`memory --check`: predicted from shapes, and compiled."""
+    r = read("memory", "check")
+    rows = [
+        [
+            row["title"],
+            f"{row['predicted_total'] / 1e9:.2f}",
+            f"{row['measured_peak'] / 1e9:.2f}",
+            f"{100 * row['error']:+.1f}%",
+        ]
+        for row in r["rows"]
+    ]
+    header = ["step", "predicted, GB", "compiled, GB", "error"]
+    about = f"On a device of {r['topology']}, the most at once; {source(r)}."
+    return f"{markdown(header, rows)}\n\n{about}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "aot": aot,
+    "memory": memory,
     "glue": glue,
     "peers": peers,
     "steps": steps,
