@@ -148,7 +148,7 @@ def compile_for(
     mesh = step.zero.mesh
     chip = chip_of(mesh.devices.flat[0].device_kind)
     start = time.perf_counter()
-    traced = step._compiled(state).trace(state, frozen, batch, key)
+    traced = step.trace(state, frozen, batch, key)
     seconds = {"trace": time.perf_counter() - start}
     flops = traced_flops(traced.jaxpr)
     start = time.perf_counter()

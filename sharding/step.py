@@ -119,7 +119,11 @@ class Step:
 
     def lower(self, state: Any, frozen: Any, batch: Any, key: Any = None) -> jax.stages.Lowered:
         """The step for arrays, or `jax.ShapeDtypeStruct`s with shardings, ready to compile."""
-        return self._compiled(state).lower(state, frozen, batch, key)
+        return self.trace(state, frozen, batch, key).lower()
+
+    def trace(self, state: Any, frozen: Any, batch: Any, key: Any = None) -> Any:
+        """What `lower` lowers, a `jax.stages.Traced`, with the step's program in JAX's terms."""
+        return self._compiled(state).trace(state, frozen, batch, key)
 
     # -- the program -------------------------------------------------------------------------
 
