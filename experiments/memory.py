@@ -21,6 +21,7 @@ from experiments.common.accounts import (
     cases,
     compared,
     compiled,
+    held_out,
     predicted,
     seen_by_one,
 )
@@ -75,7 +76,7 @@ class Config:
     targets: tuple[str, ...] = ()
     """LoRA's targets: regular expressions on parameter paths; without them query and value."""
     check: bool = False
-    """Compile twelve steps for a TPU, and compare."""
+    """Compile twelve steps for a TPU, and four that were held out, and compare."""
     out: pathlib.Path | None = None
     """Folder for `result.json` and the plot."""
 
@@ -165,16 +166,16 @@ def _stages(config: Config, at: Any) -> dict[str, Any]:
 
 
 def checked(console: Console) -> dict[str, Any]:
-    """Predictions beside programs, for all cases."""
+    """Predictions beside programs, for the twelve cases and those held out."""
     from sharding import make_mesh
     from sharding.aot import topology
 
     mesh = make_mesh(None, topology(TOPOLOGY))
     rows: list[dict[str, Any]] = []
-    for case in cases():
+    for case in (*cases(), *held_out()):
         with console.status(case.title):
-            rows.append(compared(case, predicted(case, DEVICES), compiled(case, mesh)))
-        r = rows[-1]
+            r = compared(case, predicted(case, DEVICES), compiled(case, mesh))
+        rows.append(r | {"held_out": case in held_out()})
         console.print(f"{case.title}: {r['error']:+.1%}")
     worst = max(abs(r["error"]) for r in rows)
     within = sum(abs(r["error"]) <= 0.1 for r in rows)
@@ -209,7 +210,7 @@ def check_table(result: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     for r in result["rows"]:
         table.add_row(
-            r["title"],
+            r["title"] + (" (held out)" if r["held_out"] else ""),
             f"{r['predicted_total'] / 1e9:.3f}",
             f"{r['measured_peak'] / 1e9:.3f}",
             f"{r['error']:+.1%}",

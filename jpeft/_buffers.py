@@ -13,7 +13,8 @@ class Compiler:
     where nothing else reads them; `into_products`, whether elementwise work is fused into the
     products that read it; `pieces`, whether what a loop's step adds to its stacks stands beside
     them until the step ends; `recomputes`, whether costly functions too are computed by each reader
-    anew, and one element set in each row is a comparison with its place, fused as any.
+    anew, one element set in each row is a comparison with its place, fused as any, and a loop's
+    steps make what is the same in all of them, where it is made of less.
     """
 
     narrow: bool = False

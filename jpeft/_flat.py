@@ -242,3 +242,10 @@ def _for_products(flat: Flat, v: int, e: Equation) -> bool:
         for n, x in enumerate(e.ins)
         if x == v
     )
+
+
+def in_checkpoint(loop: Equation, n: int) -> bool:
+    """Whether a loop's steps read operand `n` in `jax.checkpoint` alone."""
+    body, _ = open_jaxpr(loop.eqn.params["jaxpr"])
+    readers = (e for e in body.eqns if any(x is body.invars[n] for x in e.invars))
+    return all(e.primitive.name in ("checkpoint", "remat2") for e in readers)

@@ -27,6 +27,7 @@ from jpeft._flat import (
     Flat,
     bytes_of,
     for_products,
+    in_checkpoint,
 )
 
 
@@ -120,6 +121,7 @@ class Walk:
             if self.flat.equations[i].name not in fuses
             and not self._fused(self.flat.equations[i])
             and not self._carried(i, v)
+            and not self._sunk(i, v)
         ]
 
     def _carried(self, i: int, v: int) -> bool:
@@ -130,6 +132,27 @@ class Walk:
         consts, carries = scan_counts(e.eqn)
         at = [n for n, x in enumerate(e.ins) if x is not None and self._base(x) == self._base(v)]
         return all(consts <= n < consts + carries for n in at)
+
+    def _sunk(self, i: int, v: int) -> bool:
+        """Whether a loop's steps make the value anew, of something smaller, such as a mask that is
+        the same for all heads.
+        """
+        e = self.flat.equations[i]
+        if not self.compiler.recomputes or e.name != "scan":
+            return False
+        consts, _ = scan_counts(e.eqn)
+        base = self._base(v)
+        if any(x is not None and self._base(x) == base for x in e.ins[consts:]):
+            return False
+        made_of, todo = set[int](), [base]
+        while todo:
+            x = todo.pop()
+            made = self.maker.get(x)
+            if made is None or x in self.buffers or not self._fused(self.flat.equations[made]):
+                made_of.add(x)
+            else:
+                todo += [y for y in self.flat.equations[made].ins if y is not None]
+        return sum(bytes_of(self.flat.avals[x]) for x in made_of) < bytes_of(self.flat.avals[v])
 
     def _base(self, v: int) -> int:
         while v in self.maker and self.flat.equations[self.maker[v]].name in ALIASES:
@@ -200,17 +223,8 @@ class Walk:
         What else is the same in every step is gathered once, before the loop.
         """
         consts, _ = scan_counts(e.eqn)
-        body, _ = open_jaxpr(e.eqn.params["jaxpr"])
         at = [n for n, x in enumerate(e.ins) if x is not None and v in self.roots.get(x, ())]
-        return all(
-            n >= consts
-            or all(
-                inner.primitive.name in ("checkpoint", "remat2")
-                for inner in body.eqns
-                if any(x is body.invars[n] for x in inner.invars)
-            )
-            for n in at
-        )
+        return all(n >= consts or in_checkpoint(e, n) for n in at)
 
     def _runs(self, e: Equation) -> bool:
         """Whether an equation is work of its own, not part of its readers'."""
@@ -281,10 +295,6 @@ class Walk:
     def _body(self, jaxpr: Any, given: Sequence[Operand], carries: int | None = None) -> Peak:
         flat = Flat(jaxpr)
         stacked = [] if carries is None else [v for v in flat.outs[carries:] if v is not None]
-
-        def size(_: Equation | None, aval: Any) -> int:
-            return bytes_of(aval)
-
-        peak = Walk(flat, given, size, self.compiler, stacked).peak()
+        peak = Walk(flat, given, lambda _, x: bytes_of(x), self.compiler, stacked).peak()
         gathered = peak.gathered + sum(b.size for b in peak.buffers.values() if b.gathered)
         return dataclasses.replace(peak, gathered=gathered, working=peak.total - gathered)

@@ -52,6 +52,16 @@ def cases() -> list[Case]:
     return made
 
 
+def held_out() -> list[Case]:
+    """Steps that nobody looked at while the account's method was made."""
+    return [
+        Case("gemma-3-1b", "full", "mixed", 3, True, 16, 1024),
+        Case("qwen3-1.7b", "lora", "bfloat16", 1, False, 16, 1024),
+        Case("llama-3.2-3b", "lora", "mixed", 2, True, 32, 2048),
+        Case("gemma-2-2b", "full", "mixed", 2, False, 8, 1024),
+    ]
+
+
 def seen_by_one(case: Case) -> Planned:
     """The step as one device sees it, whose shapes do not depend on the stage."""
     from jax.sharding import AbstractMesh
