@@ -317,8 +317,6 @@ def main(
     config: Config, console: Console | None = None, more: More | None = None
 ) -> dict[str, Any]:
     """Run every seed, print the table, and write `result.json`; returns what it holds."""
-    from sharding.cluster import is_main
-
     console = console or Console()
     start = time.perf_counter()
     claim(config)
@@ -358,7 +356,7 @@ def main(
         "machine": describe_machine(),
         "versions": versions(),
     }
-    if config.out is not None and is_main():
+    if config.out is not None:
         write_json(config.out / "result.json", result)
         console.print(f"written to {config.out}")
     return result

@@ -126,9 +126,8 @@ def walk(config: Config, stage: int) -> dict[str, Any]:
     import optax
 
     from sharding import Zero, make_mesh, make_step
-    from sharding._hlo import Instruction
     from sharding.aot import PLAIN, argument_bytes, placed, topology
-    from sharding.timeline import source_of, timeline
+    from sharding.timeline import Instruction, source_of, timeline
 
     def loss(params: Any, frozen: Any, batch: Any, key: Any) -> Any:
         @jax.checkpoint

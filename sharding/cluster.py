@@ -179,8 +179,11 @@ def _has_tpu() -> bool:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes reports."""
-    return jax.process_index() == 0
+    """Whether this is the process that writes reports.
+
+    Asked of a process that is alone it starts no device.
+    """
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def barrier(name: str) -> None:

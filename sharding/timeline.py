@@ -11,7 +11,8 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from sharding._hlo import Instruction, Program, parse, trip_count
+from sharding._hlo import Instruction as Instruction
+from sharding._hlo import Program, parse, trip_count
 
 # Operations whose result stands where an operand stood.
 _SAME_PLACE = frozenset(

@@ -91,7 +91,7 @@ def claim(config: Any) -> None:
         raise ValueError(f"{out} holds a finished run: pass --overwrite, or another --out")
     elif begun and not config.overwrite:
         raise ValueError(f"{out} holds an unfinished run: pass --resume, or --overwrite")
-    elif is_main():
+    else:
         out.mkdir(parents=True, exist_ok=True)
         write_json(stamp, now)
     barrier("claimed")

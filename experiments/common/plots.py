@@ -18,9 +18,12 @@ def figure(
 ) -> Iterator[Any]:
     """An axes to draw on; `out/name.png` and `out/name.svg` when the block ends.
 
-    Without a folder, or where matplotlib is not installed, it yields None; the latter is told.
+    Without a folder, in a process that is not a job's first one, or where matplotlib is not
+    installed, it yields None; the latter is told.
     """
-    if out is None:
+    from sharding.cluster import is_main
+
+    if out is None or not is_main():
         yield None
         return
     try:

@@ -72,6 +72,13 @@ def mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    """Indented JSON, appearing whole. **Raises:** `OSError`, and then the file is as before."""
+    """Indented JSON, appearing whole; of a job of several processes the first one writes it.
+
+    **Raises:** `OSError`, and then the file is as before.
+    """
+    from sharding.cluster import is_main
+
+    if not is_main():
+        return
     text = json.dumps(value, indent=2, default=str) + "\n"
     atomically({path: lambda p: p.write_text(text, encoding="utf-8")})

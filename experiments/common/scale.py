@@ -47,11 +47,6 @@ class Scale:
             return None
         return Zero(make_mesh(None if self.mesh in (None, "all") else self.mesh), self.stage)
 
-    @property
-    def dtype(self) -> Any:
-        """What the model computes in."""
-        return compute_dtype(self.precision)
-
     def trained(self, trainable: Any) -> Any:
         """Trained arrays as they are kept."""
         if self.precision in ("float32", "bfloat16"):

@@ -50,6 +50,8 @@ def sweep(
     more: Callable[[str], lora_glue.More | None] = lambda name: None,
 ) -> Results:
     """Every run's result by name. A run whose `result.json` stands is not repeated."""
+    from sharding.cluster import is_main
+
     results: Results = {}
     for i, (name, config) in enumerate(runs.items(), 1):
         console.rule(f"{i}/{len(runs)}: {name}")
@@ -61,7 +63,7 @@ def sweep(
         results[name] = lora_glue.main(
             dataclasses.replace(config, resume=begun), console, more(name)
         )
-        if config.out is not None:
+        if config.out is not None and is_main():
             for folder in config.out.glob("seed*/checkpoint"):
                 shutil.rmtree(folder)  # the trained state stands in adapter.safetensors
     return results

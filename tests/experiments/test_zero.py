@@ -1,5 +1,6 @@
 """The walk through four devices, on a small stack."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -28,7 +29,7 @@ def test_shares_are_theory():
 )
 def test_the_walk(tmp_path):
     said = io.StringIO()
-    result = main(SMALL.__class__(**{**vars(SMALL), "out": tmp_path / "o"}), Console(file=said))
+    result = main(dataclasses.replace(SMALL, out=tmp_path / "o"), Console(file=said))
     walks = {s: [(m["layer"], m["what"]) for m in w["moments"]] for s, w in result["walks"].items()}
     for layer in ("M0 forward", "M1 forward", "M1 backward", "M0 backward"):
         assert sum(x == (layer, "gather") for x in walks["3"]) in (1, 2)  # up and down
@@ -39,4 +40,4 @@ def test_the_walk(tmp_path):
     for name in ("shares", "step_stage0", "step_stage3"):
         assert (tmp_path / "o" / f"{name}.png").is_file()
     with pytest.raises(ValueError, match="pass --overwrite"):
-        main(SMALL.__class__(**{**vars(SMALL), "out": tmp_path / "o"}), Console(file=said))
+        main(dataclasses.replace(SMALL, out=tmp_path / "o"), Console(file=said))

@@ -1,12 +1,14 @@
 """Meshes from shapes, and how they lie over slices and hosts."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import pytest
 
 from sharding import batch_shards, make_mesh
 from sharding.mesh import _granules, _outer, mesh_sizes
+from sharding.tpus import topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,3 +75,17 @@ def test_slices_are_told_from_hosts():
     assert _granules(two_slices) == [0, 1]
     assert len(_granules(one_slice)) == 1  # its hosts are joined by ICI
     assert _granules(hosts) == [0, 1]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
+)
+@pytest.mark.parametrize("shape", ["data=2,fsdp=-1", "data=4,fsdp=-1", "fsdp=-1", "tensor=4"])
+def test_the_outermost_axis_runs_between_two_slices(shape):
+    """On the devices that libtpu gives for two slices of four chips."""
+    shape = shape if "-1" in shape else f"{shape},fsdp=-1"
+    mesh = make_mesh(shape, topology("v5e:2x2", slices=2))
+    outer = next(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
+    devices = mesh.devices.reshape(2, -1)  # the first half of the outermost axis, and the second
+    assert mesh.shape[outer] % 2 == 0
+    assert [{d.slice_index for d in half} for half in devices] == [{0}, {1}]
