@@ -52,6 +52,7 @@ class Step:
     axes: Axes | None = None
     accumulate: int = 1
     clip: float | None = None
+    dtype: Any = None
     compiler_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -65,26 +66,14 @@ class Step:
 
         `trainable`'s arrays are copied: a step that eats the state leaves them be.
         """
-        abstract = jax.eval_shape(lambda x: x, trainable)
-
-        def fresh(x: Any) -> State:
-            copy = jax.tree.map(jnp.copy, x)
-            zero = jnp.zeros((), jnp.int32)
-            return State(zero, copy, self.optimiser.init(copy), zero)
-
-        where = self.shardings(abstract)
+        where = self.shardings(jax.eval_shape(lambda x: x, trainable))
         if where is not None:
             trainable = everywhere(trainable, where.trainable)
-        return jax.jit(fresh, out_shardings=where)(trainable)
+        return jax.jit(self._start, out_shardings=where)(trainable)
 
     def abstract(self, trainable: Any) -> State:
         """The state's shapes, with shardings, from the shapes of what is trained."""
-        state = jax.eval_shape(
-            lambda x: State(
-                jnp.zeros((), jnp.int32), x, self.optimiser.init(x), jnp.zeros((), jnp.int32)
-            ),
-            trainable,
-        )
+        state = jax.eval_shape(self._start, trainable)
         where = self.shardings(trainable)
         if where is None:
             return state
@@ -126,6 +115,16 @@ class Step:
         return self._compiled(state).trace(state, frozen, batch, key)
 
     # -- the program -------------------------------------------------------------------------
+
+    def _start(self, trainable: Any) -> State:
+        zero = jnp.zeros((), jnp.int32)
+
+        def kept(x: Any) -> Any:
+            real = jnp.issubdtype(x.dtype, jnp.floating)
+            return x.astype(self.dtype) if real and self.dtype is not None else jnp.copy(x)
+
+        # The optimiser first: masters are of what was given, not of what it is rounded to.
+        return State(zero, jax.tree.map(kept, trainable), self.optimiser.init(trainable), zero)
 
     def _compiled(self, state: Any) -> Any:
         leaves, structure = jax.tree.flatten(state.trainable)
@@ -249,6 +248,7 @@ def make_step(
     axes: Axes | None = None,
     accumulate: int = 1,
     clip: float | None = None,
+    dtype: Any = None,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Step:
     """A training step.
@@ -263,8 +263,10 @@ def make_step(
     - `accumulate`, take a batch in so many parts, one after another, and sum their gradients, in
       fp32.
     - `clip`, the most that the gradient's global norm may be.
+    - `dtype`, what real trained arrays are kept in, after the optimiser's state was made of those
+      that `init` is given: bf16, with an optimiser that has fp32 masters. None leaves them.
     - `compiler_options`, for XLA.
 
     **Raises:** `ValueError` for numbers that are too small.
     """
-    return Step(loss, optimiser, zero, axes, accumulate, clip, compiler_options)
+    return Step(loss, optimiser, zero, axes, accumulate, clip, dtype, compiler_options)

@@ -91,7 +91,8 @@ def plan(options: Any, mesh: Mesh) -> Planned:
     uses = jpeft.uses(apply, params, jnp.zeros((1, 8), jnp.int32))
 
     def first(key: Any, params: Any) -> Any:
-        return scale.trained(transform.init(key, params, uses=uses))
+        trainable = transform.init(key, params, uses=uses)
+        return trainable if scale.kept is None else jpeft.cast(trainable, scale.kept)
 
     trainable = jax.eval_shape(first, jax.random.key(0), params)
     base = jpeft.frozen(transform, params, trainable)

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 import jpeft
 from experiments.common.numbers import Precision, Stage
 from jpeft.models import bert, gpt2, llama, t5
-from jpeft.precision import cast, master_weights, stochastic_rounding
+from jpeft.precision import master_weights, stochastic_rounding
 from sharding import Axes, Zero, axes_by_pattern, make_mesh
 
 TABLES: dict[type, tuple[tuple[str, tuple[str, ...]], ...]] = {
@@ -47,11 +47,10 @@ class Scale:
             return None
         return Zero(make_mesh(None if self.mesh in (None, "all") else self.mesh), self.stage)
 
-    def trained(self, trainable: Any) -> Any:
-        """Trained arrays as they are kept."""
-        if self.precision in ("float32", "bfloat16"):
-            return trainable
-        return cast(trainable, jnp.bfloat16)
+    @property
+    def kept(self) -> Any:
+        """What trained arrays are kept in; None for what they are made in, fp32."""
+        return None if self.precision in ("float32", "bfloat16") else jnp.bfloat16
 
     def optimiser(self, inner: optax.GradientTransformation, seed: int) -> Any:
         """The optimiser with what the precision adds to it."""

@@ -107,8 +107,8 @@ class Trainer:
         leaves = jax.tree.leaves(self.params)
         # One made anew of another's parameters, to look at a trained state, has no start.
         whole = not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
-        start = self.scale.trained(self.first(self.params)) if whole else None
-        shapes = jax.eval_shape(lambda p: self.scale.trained(self.first(p)), self.params)
+        start = self.first(self.params) if whole else None
+        shapes = jax.eval_shape(self.first, self.params)
         base = jpeft.frozen(self.transform, self.params, shapes)
         axes, arrays = self.axes, base.arrays
         if zero is not None:
@@ -125,6 +125,7 @@ class Trainer:
             zero=zero,
             axes=axes,
             accumulate=self.scale.accumulate,
+            dtype=self.scale.kept,
             compiler_options=options,
         )
         put("step", step)

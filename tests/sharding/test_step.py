@@ -90,12 +90,29 @@ def test_losses_are_one_devices(method, stage, shape, accumulate):
     assert int(state.skipped) == 0
 
 
-def test_stage_3_holds_an_eighth_of_everything():
-    zero = Zero(make_mesh(), 3, smallest=1)
-    _, state = run("full", zero, steps=1)
-    for x in jax.tree.leaves((state.trainable, state.optimiser)):
-        shards = {s.data.size for s in x.addressable_shards}
-        assert shards == {x.size if x.ndim == 0 else x.size // 8}
+def on_each(tree):
+    """Bytes of a tree's arrays on each of the eight devices."""
+    found = dict.fromkeys(range(8), 0)
+    for x in jax.tree.leaves(tree):
+        for s in x.addressable_shards:
+            found[s.device.id] += s.data.nbytes
+    return list(found.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_devices_hold_what_theory_says(method, stage):
+    """An eighth of what the stage shares, all of the rest, on each of eight devices."""
+    zero = Zero(make_mesh(), stage, smallest=1)
+    _, state = run(method, zero, steps=1)  # as the compiled step leaves it
+    for tree, shared in ((state.trainable, stage == 3), (state.optimiser, stage >= 1)):
+        whole = sum(x.nbytes for x in jax.tree.leaves(tree))
+        want = whole / 8 if shared else whole
+        assert on_each(tree) == pytest.approx([want] * 8, rel=0.05)
+    params = parts(method)[2]
+    frozen = jax.device_put(params, zero.parameters(params, NAMES))
+    whole = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert on_each(frozen) == pytest.approx([whole / 8 if stage == 3 else whole] * 8, rel=0.05)
 
 
 def test_parts_of_a_batch_weigh_by_their_tokens():
@@ -103,6 +120,22 @@ def test_parts_of_a_batch_weigh_by_their_tokens():
     whole, _ = run("lora", None, steps=3)
     split, _ = run("lora", None, steps=3, accumulate=4)
     np.testing.assert_allclose(split, whole, atol=1e-6)
+
+
+def test_masters_are_of_what_was_given_and_not_of_its_rounding():
+    start = {"w": jnp.asarray([1 + 2.0**-12, 3.0]), "n": jnp.arange(2)}
+    step = make_step(
+        lambda *_: jnp.float32(0), jpeft.master_weights(optax.sgd(1.0)), dtype=jnp.bfloat16
+    )
+    state = step.init(start)
+    assert state.trainable["w"].dtype == jnp.bfloat16
+    assert state.trainable["n"].dtype == start["n"].dtype
+    np.testing.assert_array_equal(state.optimiser.masters["w"], start["w"])
+    assert float(state.trainable["w"][0]) != float(start["w"][0])
+    shapes = jax.eval_shape(lambda: start)
+    assert jax.tree.map(lambda x: x.dtype, step.abstract(shapes)) == jax.tree.map(
+        lambda x: x.dtype, state
+    )
 
 
 def simple(**options):
