@@ -17,7 +17,7 @@ from rich.table import Table
 
 from experiments.common.command import command
 from experiments.common.methods import Method, Sizes
-from experiments.common.numbers import Precision, Stage
+from experiments.common.numbers import Keep, Precision, Stage
 from experiments.common.report import describe_machine, peak_memory, versions, write_json
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Config:
     full fine-tuning and bfloat16 for the rest."""
     remat: bool = True
     """Forget activations and compute them again in the backward pass."""
+    keep: Keep = "nothing"
+    """What --remat keeps of a layer: nothing, all products, or those with weights."""
     accumulate: int = 1
     """Take a batch in so many parts, and sum their gradients."""
     chunk: int = 1024

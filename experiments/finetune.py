@@ -25,7 +25,7 @@ from experiments.common.command import claim, command
 from experiments.common.console import bar
 from experiments.common.logs import MetricsLog
 from experiments.common.methods import Method, PromptStart, Sizes
-from experiments.common.numbers import Precision, Stage
+from experiments.common.numbers import Keep, Precision, Stage
 from experiments.common.pairs import Pair, Pairs, PairTask, load_pairs
 from experiments.common.report import describe_machine, peak_memory, versions, write_json
 
@@ -109,6 +109,8 @@ class Config:
     """Take a batch in so many parts, and sum their gradients."""
     remat: bool = False
     """Forget activations and compute them again in the backward pass."""
+    keep: Keep = "nothing"
+    """What --remat keeps of a layer: nothing, all products, or those with weights."""
     dropout: bool = True
     """The model's own dropout in training."""
     out: pathlib.Path | None = None
@@ -143,7 +145,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     from experiments.common.decoders import load
     from experiments.common.language import batches, encode, packed
     from experiments.common.loop import train
-    from experiments.common.scale import compute_dtype, on_host
+    from experiments.common.scale import compute_dtype, on_host, remat_of
     from experiments.common.scores import SCORES
     from sharding.cluster import is_main
 
@@ -157,7 +159,8 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
             SCORES[name](["a"], [["a"]])  # what is not installed is told before training
     key = jax.random.key(config.seed)
     dtype = compute_dtype(config.precision)
-    options: dict[str, Any] = {"dtype": dtype, "remat": config.remat, "key": key}
+    options: dict[str, Any] = {"dtype": dtype, "remat": remat_of(config.remat, config.keep)}
+    options["key"] = key
     loaded = load(config.model, config.vocabulary, console, **options)
     render = renderer(config, loaded)
     two_sided = loaded.two_sided

@@ -27,7 +27,7 @@ from experiments.common.accounts import (
 )
 from experiments.common.command import command
 from experiments.common.methods import Method, Sizes
-from experiments.common.numbers import Precision, Stage
+from experiments.common.numbers import Keep, Precision, Stage
 from experiments.common.plots import COLOURS, figure
 from experiments.common.report import describe_machine, versions, write_json
 
@@ -71,6 +71,8 @@ class Config:
     """Tokens of a row."""
     remat: bool = False
     """Forget activations and compute them again in the backward pass."""
+    keep: Keep = "nothing"
+    """What --remat keeps of a layer: nothing, all products, or those with weights."""
     rank: int = 8
     """LoRA's rank, and that of its kin."""
     targets: tuple[str, ...] = ()
@@ -141,6 +143,7 @@ def by_stage(config: Config) -> dict[str, Any]:
         config.batch,
         config.sequence,
         Sizes(rank=config.rank, targets=config.targets),
+        keep=config.keep,
     )
 
     planned = seen_by_one(case)
@@ -228,6 +231,7 @@ def _what(config: Config) -> str:
             size += f", {config.trained:,.0f} trained"
         return f"{size}, {config.precision}, Adam{many}"
     keeps = ", remat" if config.remat else ""
+    keeps += f" but {config.keep}" if config.keep != "nothing" else ""
     return (
         f"{pathlib.Path(config.model).name}, {config.method}, {config.precision}, "
         f"{config.optimiser}, {config.batch} x {config.sequence} tokens{keeps}{many}"

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.common.methods import Method, Sizes
-from experiments.common.numbers import Precision, Stage
+from experiments.common.numbers import Keep, Precision, Stage
 
 if TYPE_CHECKING:
     from experiments.common.plan import Planned
@@ -29,6 +29,7 @@ class Case:
     sizes: Sizes = Sizes(targets=())
     accumulate: int = 1
     chunk: int = 1024
+    keep: Keep = "nothing"
 
     @property
     def title(self) -> str:

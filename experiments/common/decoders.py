@@ -156,13 +156,14 @@ def load(
     console: Console,
     *,
     dtype: Any,
-    remat: bool,
+    remat: Any,
     key: PRNGKeyArray,
 ) -> Loaded:
     """A model by its name.
 
     **Arguments:** `name`, a Hugging Face directory, a name on the hub, a llama2.c file (with its
-    `vocabulary`), or `tiny`: a small Llama over bytes, made here and knowing nothing.
+    `vocabulary`), or `tiny`: a small Llama over bytes, made here and knowing nothing; `remat`, as
+    the models take it.
 
     **Raises:** `ModelError`, `CheckpointError`.
     """

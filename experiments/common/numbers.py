@@ -1,4 +1,4 @@
-"""The words of `--precision` and `--stage`, which a command knows before it imports JAX."""
+"""The words of `--precision`, `--stage` and `--keep`, known before JAX is imported."""
 
 from __future__ import annotations
 
@@ -6,3 +6,4 @@ from typing import Literal
 
 Precision = Literal["float32", "bfloat16", "mixed", "stochastic"]
 Stage = Literal[0, 1, 2, 3]
+Keep = Literal["nothing", "dots", "dots_without_batch"]

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 import jpeft
 from experiments.common.decoders import recipes
 from experiments.common.named import config_of
-from experiments.common.scale import TABLES, Scale, all_axes, compute_dtype
+from experiments.common.scale import TABLES, Scale, all_axes, compute_dtype, remat_of
 from experiments.common.training import Schedule
 from jpeft.models.llama import Llama, LlamaConfig
 from sharding import Step, Zero, axes_by_pattern, batch_shards, make_step
@@ -80,11 +80,11 @@ def plan(options: Any, mesh: Mesh) -> Planned:
     zero, scale = Zero(mesh, options.stage), Scale(precision=options.numbers)
     dtype = compute_dtype(options.numbers)
 
-    def made(remat: bool) -> Any:
+    def made(remat: Any) -> Any:
         shape = {"dtype": dtype, "param_dtype": dtype, "remat": remat}
         return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **shape))
 
-    model = made(options.remat)
+    model = made(remat_of(options.remat, options.keep))
     apply, params = jpeft.functional(model)
     recipe = recipes(model)[options.method]
     transform = recipe.transform(options.sizes)

@@ -12,7 +12,7 @@ import optax
 from jax.experimental import multihost_utils
 
 import jpeft
-from experiments.common.numbers import Precision, Stage
+from experiments.common.numbers import Keep, Precision, Stage
 from jpeft.models import bert, gpt2, llama, t5
 from jpeft.precision import master_weights, stochastic_rounding
 from sharding import Axes, Zero, axes_by_pattern, make_mesh
@@ -64,6 +64,18 @@ class Scale:
 def scale_of(config: Any) -> Scale:
     """The scale of a command's configuration."""
     return Scale(config.mesh, config.stage, config.precision, config.accumulate)
+
+
+def remat_of(remat: bool, keep: Keep) -> Any:
+    """What models take as `remat`. **Raises:** `ValueError` for --keep without --remat."""
+    if not remat and keep != "nothing":
+        raise ValueError(f"--keep {keep} says what --remat keeps: pass --remat too")
+    policies = jax.checkpoint_policies
+    kept = {
+        "dots": policies.dots_saveable,
+        "dots_without_batch": policies.dots_with_no_batch_dims_saveable,
+    }
+    return kept.get(keep, remat)
 
 
 def compute_dtype(precision: Precision) -> Any:

@@ -75,6 +75,8 @@ def test_remat_method_and_optimiser_tell(model):
 
     plain = total()
     assert total(remat=True)["activations"] < plain["activations"] / 4
+    some = total(remat=True, keep="dots")["activations"]
+    assert total(remat=True)["activations"] < some < plain["activations"]
     lora = total(method="lora")
     assert lora["frozen"] == plain["trained"]
     assert lora["optimiser"] < plain["optimiser"] / 10
@@ -114,6 +116,7 @@ def test_the_checks_table():
         (Config(params=1e9, precision="bfloat16"), "has float32 and mixed"),
         (Config(model="llama-3-8b", devices=3), "3 devices cannot share --batch 8"),
         (Config(model="llama-3-8b", method="head"), "there is no head here"),
+        (Config(model="llama-3-8b", keep="dots"), "--keep dots says what --remat keeps"),
     ],
 )
 def test_refusals(config, told):

@@ -73,6 +73,13 @@ def test_language_models_on_a_mesh():
     assert results[0]["answers"] == results[1]["answers"]
 
 
+def test_what_remat_keeps_changes_no_loss():
+    config = FinetuneConfig(batch=8, max_steps=2, generate=0, held_out=8)
+    kept = dataclasses.replace(config, remat=True, keep="dots_without_batch")
+    plain, some = (finetune(c, Console(quiet=True))["losses"] for c in (config, kept))
+    np.testing.assert_allclose(some, plain, atol=1e-5)
+
+
 def test_wrong_layouts_are_told(config):
     with pytest.raises(ValueError, match="no axis 'model'"):
         losses(dataclasses.replace(config, mesh="model=8"))
