@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.command import command
+from experiments.common.command import command, ready
 from experiments.common.numbers import Stage
 from experiments.common.plots import COLOURS, figure
 from experiments.common.report import describe_machine, versions, write_json
@@ -51,10 +51,7 @@ class Config:
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Count, compile, print, draw and write."""
     console = console or Console()
-    if config.out is not None:
-        if (config.out / "result.json").exists() and not config.overwrite:
-            raise ValueError(f"{config.out} holds a result: pass --overwrite, or another --out")
-        config.out.mkdir(parents=True, exist_ok=True)
+    ready(config.out, config.overwrite)
     shares = {str(s): {str(n): share(config, s, n) for n in config.devices} for s in STAGES}
     walks = {str(s): walk(config, s) for s in config.stages}
     result = {

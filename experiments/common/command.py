@@ -61,6 +61,15 @@ def command(
     return 0
 
 
+def ready(out: pathlib.Path | None, overwrite: bool) -> None:
+    """Make a folder for a result that one go makes. **Raises:** `ValueError` where one stands."""
+    if out is None:
+        return
+    if (out / "result.json").exists() and not overwrite:
+        raise ValueError(f"{out} holds a result: pass --overwrite, or another --out")
+    out.mkdir(parents=True, exist_ok=True)
+
+
 def claim(config: Any) -> None:
     """Make `--out` ready. **Raises:** `ValueError` for one that holds a run not to be lost."""
     from sharding.cluster import barrier, is_main
