@@ -247,7 +247,27 @@ def memory() -> str:
     return f"{markdown(header, rows)}\n\n{about}"
 
 
+def precision() -> str:
+    """`precision` on SST-2."""
+    r = read("precision", "sst2")
+    rows = [
+        [
+            name,
+            f"{row['loss']:.4f}",
+            f"{row['over_float32']:.3f}",
+            f"{100 * row['scores']['accuracy']:.1f}",
+            f"{100 * row['moved']:.1f}%",
+        ]
+        for name, row in r["rows"].items()
+    ]
+    header = ["precision", "loss, last 50 steps", "over float32's", "accuracy", "moved by a step"]
+    c = r["config"]
+    about = f"SST-2, {c['steps']} steps of {c['batch']}, rate {c['lr']:g}, 1 seed; {source(r)}."
+    return f"{markdown(header, rows)}\n\n{about}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "precision": precision,
     "aot": aot,
     "memory": memory,
     "glue": glue,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -137,6 +138,7 @@ def run(config: Config, name: str, directory: pathlib.Path, console: Console) ->
 
     count = sum(x.size for x in jax.tree.leaves(params))
     state, losses, shares = trainer.init(), list[float](), list[float]()
+    begun, seen = time.perf_counter(), 0
     batches = iter(Batches(prepared.train, prepared.train_shapes, prepared.pad, config.seed))
     with bar(console, name, config.steps) as shown:
         for i in range(config.steps):
@@ -146,7 +148,8 @@ def run(config: Config, name: str, directory: pathlib.Path, console: Console) ->
             losses.append(float(metrics["loss"]))
             if before is not None and i:  # the rate of the first step is zero
                 shares.append(float(moved(before, numbers(state))) / count)
-            shown(i + 1, losses[-1], 0.0)
+            seen += int(batch["attention_mask"].sum())
+            shown(i + 1, losses[-1], seen / (time.perf_counter() - begun))
     outputs = trainer.predict(
         state.trainable, prepared.validation, prepared.validation_shapes, prepared.pad
     )
