@@ -106,6 +106,12 @@ _BY_KIND = {
             "leaves all-gathers out of the fusions over both cores of a chip: they overlap instead",
             f"{JAX_DOCS}; github.com/AI-Hypercomputer/maxtext, configs/v5p",
         ),
+        Flag(
+            *(TPU, "xla_tpu_prefer_async_allgather_to_allreduce", "true"),
+            "with the two for all-gathers above: over all three axes of the torus they are gathers "
+            "then, and not sums of arrays that are mostly zero, of twice the bytes",
+            "github.com/pytorch/xla/issues/6528",
+        ),
     ),
     "v6e": (
         Flag(
