@@ -17,7 +17,7 @@ from rich.table import Table
 
 from experiments.common.command import command
 from experiments.common.methods import Method, Sizes
-from experiments.common.numbers import Keep, Precision, Stage
+from experiments.common.numbers import Keep, Optimiser, Precision, Quantised, Stage
 from experiments.common.report import describe_machine, peak_memory, versions, write_json
 
 if TYPE_CHECKING:
@@ -47,6 +47,12 @@ class Config:
     precision: Precision | None = None
     """As finetune's; frozen parameters are in what the model computes in. Without it mixed for
     full fine-tuning and bfloat16 for the rest."""
+    quantize: Quantised | None = None
+    """Frozen weights of linear layers (but the head) in this format."""
+    optimiser: Optimiser = "adamw"
+    """AdamW with moments in float32, or in 8 bits."""
+    offload: bool = False
+    """Keep the optimiser's state in the host's memory between steps."""
     remat: bool = True
     """Forget activations and compute them again in the backward pass."""
     keep: Keep = "nothing"

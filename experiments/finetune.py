@@ -13,6 +13,7 @@ import math
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 import jpeft
-from experiments.common import runtime
+from experiments.common import bases, runtime
 from experiments.common.command import claim, command
 from experiments.common.console import bar
 from experiments.common.logs import MetricsLog
 from experiments.common.methods import Method, PromptStart, Sizes
-from experiments.common.numbers import Keep, Precision, Stage
+from experiments.common.numbers import Keep, Optimiser, Precision, Quantised, Stage
 from experiments.common.pairs import Pair, Pairs, PairTask, load_pairs
 from experiments.common.report import describe_machine, peak_memory, versions, write_json
 
@@ -101,12 +102,18 @@ class Config:
     precision: Precision = "float32"
     """What the model computes in, bfloat16 with float32 trained arrays, with bfloat16 ones that
     have float32 masters (mixed), or with bfloat16 ones rounded at random (stochastic)."""
+    quantize: Quantised | None = None
+    """Frozen weights of linear layers (but the head) in this format."""
     mesh: str | None = None
     """Devices, as data=2,fsdp=4; `all` puts every one on fsdp; without it one device is used."""
     stage: Stage = 3
     """ZeRO's stage on that mesh: 0 is data parallel, 3 shards parameters too."""
     accumulate: int = 1
     """Take a batch in so many parts, and sum their gradients."""
+    optimiser: Optimiser = "adamw"
+    """AdamW with moments in float32, or in 8 bits."""
+    offload: bool = False
+    """Keep the optimiser's state in the host's memory between steps."""
     remat: bool = False
     """Forget activations and compute them again in the backward pass."""
     keep: Keep = "nothing"
@@ -237,6 +244,7 @@ def check(config: Config) -> None:
         raise ValueError(f"--method {config.method} is a classifier's: there is no head here")
     if config.adapter is not None and config.method is not None:
         raise ValueError("--adapter brings its method along: leave --method out")
+    bases.refuse(config.quantize, config.chosen)
     if config.pack and config.chosen in ("prompt", "prefix"):
         raise ValueError("--pack has no place for the virtual tokens of prompts and prefixes")
 
@@ -254,13 +262,16 @@ def renderer(config: Config, loaded: Loaded) -> Render:
 
 def trainer_of(config: Config, loaded: Loaded, steps: int) -> LanguageTrainer:
     """The compiled trainer, from the method's start or an adapter's state."""
-    from experiments.common.decoders import recipes
+    from experiments.common.decoders import LAYOUTS, recipes
     from experiments.common.language import LanguageTrainer, language_uses
     from experiments.common.scale import axes_of, scale_of
     from experiments.common.training import Schedule
     from jpeft.hf import load_adapter
 
     apply, params = jpeft.functional(loaded.model)
+    if config.quantize is not None:
+        layout, uses = LAYOUTS[type(loaded.model)], language_uses(apply, params, loaded.two_sided)
+        params = bases.in_format(params, layout.linear, config.quantize, uses)
     recipe = recipes(loaded.model)[config.chosen]
     transform, start = recipe.transform(config.sizes), None
     if config.adapter is not None:
@@ -273,7 +284,8 @@ def trainer_of(config: Config, loaded: Loaded, steps: int) -> LanguageTrainer:
     # What knows nothing has farther to go.
     rate = 10 * recipe.rate if config.model == "tiny" else recipe.rate
     rate = rate if config.lr is None else config.lr
-    schedule = Schedule(rate, steps, weight_decay=recipe.decay, ratio=config.lora_plus)
+    about = {"ratio": config.lora_plus, "name": config.optimiser}
+    schedule = Schedule(rate, steps, weight_decay=recipe.decay, **about)
     room = jpeft.room(transform)
     first = jpeft.first_virtual_id(transform, loaded.model.config.vocab_size)
     return LanguageTrainer(
@@ -292,7 +304,7 @@ def trainer_of(config: Config, loaded: Loaded, steps: int) -> LanguageTrainer:
 
 
 def held_out_loss(
-    trainer: LanguageTrainer, state: Any, held: list[Tokens], loaded: Loaded, config: Config
+    trainer: LanguageTrainer, state: Any, held: Sequence[Tokens], loaded: Loaded, config: Config
 ) -> float:
     """Nats a token, over all labels."""
     import jax
@@ -300,6 +312,7 @@ def held_out_loss(
     from experiments.common.language import batches
 
     made = batches(held, loaded.codec, config.batch, config.length, 0, loaded.two_sided)
+    made = made.of(trainer.share(config.batch))
 
     @jax.jit
     def total(frozen: Any, state: Any, batch: Any) -> Any:

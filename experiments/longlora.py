@@ -28,6 +28,7 @@ from experiments.common.timing import timed_steps
 
 if TYPE_CHECKING:
     from experiments.common.decoders import Loaded
+    from experiments.common.pipeline import Share
 
 QKVO = r"self_attn/[qkvo]_proj/kernel$"
 
@@ -98,6 +99,8 @@ class Config:
     """ZeRO's stage on that mesh: 0 is data parallel, 3 shards parameters too."""
     accumulate: int = 1
     """Take a batch in so many parts, and sum their gradients."""
+    offload: bool = False
+    """Keep the optimiser's state in the host's memory between steps."""
     out: pathlib.Path | None = None
     """Folder for `result.json` and the plot."""
 
@@ -132,6 +135,9 @@ def sizes_of(config: Config, trained: int) -> Sizes:
 
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Train, evaluate, print and write the table and the plot."""
+    from experiments.common.pipeline import share_of
+    from experiments.common.scale import scale_of
+
     console = console or Console()
     unknown = [v for v in config.variants if v not in VARIANTS]
     if unknown or not config.variants:
@@ -147,8 +153,10 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     rng = np.random.default_rng(config.seed)
     tests = rows_of(held, encode, config.rows, sizes, model.config.vocab_size, rng)
     count = config.steps * config.batch
-    texts = rows_of(train, encode, count, sizes, model.config.vocab_size, rng)
-    texts = texts.reshape(config.steps, config.batch, sizes.length)
+    share = share_of(scale_of(config).zero(), config.batch)
+    own = share.of(np.arange(count).reshape(config.steps, config.batch).T).T.ravel()
+    texts = rows_of(train, encode, count, sizes, model.config.vocab_size, rng, own)
+    texts = texts.reshape(config.steps, share.count, sizes.length)
     rows = run(config, sizes, model, texts, tests, console)
     result = {
         "config": {k: _plain(v) for k, v in dataclasses.asdict(config).items()} | {"out": None},
@@ -201,13 +209,25 @@ def load(config: Config, console: Console) -> Loaded:
 
 
 def rows_of(
-    texts: Mapping[str, str], encode: Any, count: int, sizes: Sizes, vocabulary: int, rng: Any
+    texts: Mapping[str, str],
+    encode: Any,
+    count: int,
+    sizes: Sizes,
+    vocabulary: int,
+    rng: Any,
+    own: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Rows of tokens, int32 `(count, length)`. **Raises:** `ValueError` for ids the model lacks."""
-    rows = draw_rows(texts, encode, count, sizes.length, rng)
-    if rows.max() >= vocabulary:
+    """Rows of tokens, int32 `(count, length)`, or of them those that `own` numbers.
+
+    **Raises:** `ValueError` for ids the model lacks; see `draw_rows`.
+    """
+    from sharding.cluster import largest
+
+    rows = draw_rows(texts, encode, count, sizes.length, rng, own)
+    most = largest(int(rows.max()))
+    if most >= vocabulary:
         raise ValueError(
-            f"the tokenizer gives ids up to {rows.max()}, the model has {vocabulary} embeddings: "
+            f"the tokenizer gives ids up to {most}, the model has {vocabulary} embeddings: "
             "they do not belong together"
         )
     return rows
@@ -240,7 +260,8 @@ def run(
                 apply, params, transform, schedule, config.seed, plain=whole, **layout
             )
             trainers[name] = trainer
-            state, done = train(trainer, texts, name, console)
+            share = trainer.share(config.batch)
+            state, done = train(trainer, texts, name, console, share)
             state = on_host(state)
             tuned = jpeft.merge(transform.rewrite(params, state))
             row["trained"] = sum(x.size for x in jax.tree.leaves(state))
@@ -250,18 +271,19 @@ def run(
         row["perplexity"] = nt.perplexities(total[apply], tuned, tests, sizes.lengths)
         rows[name] = row
     if trainers:
-        for name, cost in timed_steps(trainers, nt.batch_of(texts[0]), config.rounds).items():
+        batch = next(iter(trainers.values())).share(config.batch).placed(nt.batch_of(texts[0]))
+        for name, cost in timed_steps(trainers, batch, config.rounds).items():
             rows[name] |= {"ms": cost["ms"], "mib": cost["mib"]}
     return rows
 
 
-def train(trainer: Any, texts: np.ndarray, name: str, console: Console) -> Any:
+def train(trainer: Any, texts: np.ndarray, name: str, console: Console, share: Share) -> Any:
     """`train_on`, with a bar."""
     from experiments.common.next_tokens import train_on
 
     with bar(console, name, len(texts)) as shown:
         return train_on(
-            trainer, texts, lambda x: shown(x["step"], x["loss"], x["tokens_per_second"])
+            trainer, texts, lambda x: shown(x["step"], x["loss"], x["tokens_per_second"]), share
         )
 
 

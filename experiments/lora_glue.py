@@ -11,21 +11,21 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from rich.console import Console
 
 import jpeft
-from experiments.common import runtime
+from experiments.common import bases, runtime
 from experiments.common.command import claim, command
 from experiments.common.console import bar, result_table
 from experiments.common.logs import MetricsLog
-from experiments.common.methods import RECIPES, Method, PromptStart, Sizes, make_room
+from experiments.common.methods import LINEAR, RECIPES, Method, PromptStart, Sizes, make_room
 from experiments.common.metrics import evaluate, majority
 from experiments.common.models import cpu_layout, fetch_model
-from experiments.common.numbers import Precision, Stage
+from experiments.common.numbers import Optimiser, Precision, Quantised, Stage
 from experiments.common.pipeline import Batches, Shapes, collate, shapes
 from experiments.common.report import (
     describe_machine,
@@ -94,12 +94,18 @@ class Config:
     precision: Precision = "float32"
     """What the model computes in, bfloat16 with float32 trained arrays, with bfloat16 ones that
     have float32 masters (mixed), or with bfloat16 ones rounded at random (stochastic)."""
+    quantize: Quantised | None = None
+    """Frozen weights of the encoder's linear layers in this format."""
     mesh: str | None = None
     """Devices, as data=2,fsdp=4; `all` puts every one on fsdp; without it one device is used."""
     stage: Stage = 3
     """ZeRO's stage on that mesh: 0 is data parallel, 3 shards parameters too."""
     accumulate: int = 1
     """Take a batch in so many parts, and sum their gradients."""
+    optimiser: Optimiser = "adamw"
+    """AdamW with moments in float32, or in 8 bits."""
+    offload: bool = False
+    """Keep the optimiser's state in the host's memory between steps."""
     dropout: bool = True
     """The model's own dropout in training."""
     baseline: bool = True
@@ -130,7 +136,8 @@ class Config:
 
         recipe = RECIPES[self.method]
         rate = recipe.rate if self.lr is None else self.lr
-        return Schedule(rate, steps, weight_decay=recipe.decay, ratio=self.lora_plus)
+        about = {"ratio": self.lora_plus, "name": self.optimiser}
+        return Schedule(rate, steps, weight_decay=recipe.decay, **about)
 
 
 More = Callable[["Trainer", Any, "Prepared"], dict[str, Any]]
@@ -141,8 +148,8 @@ class Prepared:
     """The data as examples, with the shapes of their batches."""
 
     data: Dataset
-    train: list[Example]
-    validation: list[Example]
+    train: Sequence[Example]
+    validation: Sequence[Example]
     train_shapes: Shapes
     validation_shapes: Shapes
     pad: int
@@ -151,7 +158,7 @@ class Prepared:
     @property
     def labels(self) -> np.ndarray:
         """Validation's answers."""
-        return np.array([e.label for e in self.validation])
+        return np.array([r.label for r in self.data.validation])
 
 
 def prepare(config: Config, directory: pathlib.Path) -> Prepared:
@@ -201,6 +208,7 @@ def trainer_of(config: Config, model: Any, prepared: Prepared, seed: int, steps:
     from experiments.common.training import Trainer
 
     apply, params = jpeft.functional(model)
+    params = bases.in_format(params, LINEAR, config.quantize, _uses(apply, params))
     room = functools.partial(
         make_room,
         length=RECIPES[config.method].room(config.sizes),
@@ -303,7 +311,7 @@ def with_baseline(config: Config) -> bool:
 
 def _longest(batches: Batches) -> Any:
     """A batch of the longest shape."""
-    longest = max(batches.examples, key=lambda e: len(e.ids))
+    longest = batches.examples[int(np.argmax(batches.sizes))]
     return collate([longest], batches.shapes, batches.pad)
 
 
@@ -319,6 +327,7 @@ def main(
     """Run every seed, print the table, and write `result.json`; returns what it holds."""
     console = console or Console()
     start = time.perf_counter()
+    bases.refuse(config.quantize, config.method)
     claim(config)
     directory = fetch_model(config.model, console)
     prepared = prepare(config, directory)

@@ -1,11 +1,14 @@
 """Parameter-efficient fine-tuning as pure transforms of a parameter tree, for any JAX model."""
 
 from jpeft._disk import CheckpointError as CheckpointError
+from jpeft.adam8bit import adamw8bit as adamw8bit
+from jpeft.adam8bit import scale_by_adam8bit as scale_by_adam8bit
 from jpeft.adapter import Adapter as Adapter
 from jpeft.adapter import Bottleneck as Bottleneck
 from jpeft.adapter import houlsby as houlsby
 from jpeft.adapter import parallel_adapter as parallel_adapter
 from jpeft.adapter import pfeiffer as pfeiffer
+from jpeft.axis_names import leaf_axes as leaf_axes
 from jpeft.axis_names import trainable_axes as trainable_axes
 from jpeft.beam import beam_search as beam_search
 from jpeft.config import ConfigError as ConfigError
@@ -49,6 +52,11 @@ from jpeft.prompt import PromptTuning as PromptTuning
 from jpeft.prompt import first_virtual_id as first_virtual_id
 from jpeft.prompt import room as room
 from jpeft.prompt import virtual_tokens as virtual_tokens
+from jpeft.quantize import QuantizationError as QuantizationError
+from jpeft.quantize import Quantize as Quantize
+from jpeft.quantize import dequantize as dequantize
+from jpeft.quantize import quantization_error as quantization_error
+from jpeft.quantized import Quantized as Quantized
 from jpeft.rewrite import lift as lift
 from jpeft.rewrite import merge as merge
 from jpeft.subspace import Coordinates as Coordinates

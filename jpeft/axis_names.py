@@ -60,6 +60,24 @@ def trainable_axes(
     return names
 
 
+def leaf_axes(params: Params, axes: Axes) -> Mapping[str, tuple[str | None, ...]]:
+    """The names of the axes of every array within a leaf of the tree, such as a quantised weight's
+    codes and scales, by its path.
+
+    **Arguments:** `params`, arrays or their shapes; `axes`, as `trainable_axes` has it.
+    """
+    names: dict[str, tuple[str | None, ...]] = {}
+    for path, leaf in flatten(params).items():
+        if not isinstance(leaf, Leaf):
+            continue
+        inside = jax.tree_util.tree_flatten_with_path(leaf)[0]
+        for (key, x), spec in zip(inside, _specs(path, leaf, axes), strict=True):
+            if spec is not None:
+                at = f"{path}/{jax.tree_util.keystr(key, simple=True, separator='/')}"
+                names[at] = (*spec, *[None] * (len(x.shape) - len(spec)))
+    return names
+
+
 def _specs(path: str, leaf: Any, axes: Axes) -> list[PartitionSpec | None]:
     """A spec of names for each array of a leaf, in tree order; None where nobody knows."""
     arrays = jax.tree.leaves(leaf)

@@ -37,7 +37,7 @@ def save(
     **Raises:** `OSError` (a full disk, no permission); then what stood there still does.
     `jpeft.ConfigError` for a transform with a field that JSON has no form for.
     """
-    arrays = {k: np.ascontiguousarray(v) for k, v in names(trainable).items()}
+    arrays = {k: np.asarray(v, order="C") for k, v in names(trainable).items()}
     about: dict[str, Any] = {"version": VERSION, "metadata": dict(metadata or {})}
     if transform is not None:
         about["transform"] = to_json(transform)

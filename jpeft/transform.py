@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from jpeft.leaf import Leaf
 from jpeft.multitask import per_example
 from jpeft.paths import TargetError, flatten, match, replace
+from jpeft.quantized import Quantized
 from jpeft.uses import Uses
 
 Params = Any
@@ -103,6 +104,11 @@ class Train(Transform):
         for path in match(self.targets, leaves):
             leaf = leaves[path]
             if isinstance(leaf, Leaf):
+                if isinstance(leaf, Quantized):
+                    raise TargetError(
+                        f"'{path}' is quantised ({leaf.format}): it cannot be trained itself. "
+                        "Train what is added to it, such as LoRA's factors, or do not quantise it"
+                    )
                 raise TargetError(
                     f"'{path}' was already rewritten ({type(leaf).__name__}): put Train before the "
                     "method that rewrites it, or leave it out of one of the two"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jpeft._axes import regroup
-from jpeft.leaf import Call, Weight, dense, is_leaf, register, static
+from jpeft.leaf import Call, Leaf, Weight, dense, is_leaf, register, static
 from jpeft.paths import path_string
 from jpeft.rewrite import lift
 
@@ -57,12 +57,11 @@ def uses(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> U
     def probe(path: Any, leaf: Any) -> Any:
         name = path_string(path)
         records[name] = []
-        if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact):
+        array = leaf if isinstance(leaf, Leaf) else jnp.asarray(leaf)
+        if not jnp.issubdtype(array.dtype, jnp.inexact):
             return leaf
-        axes = tuple((i,) for i in range(jnp.ndim(leaf)))
-        return Probe(
-            leaf, axes=axes, whole=jnp.ndim(leaf), path=name, record=_Record(records[name])
-        )
+        axes = tuple((i,) for i in range(array.ndim))
+        return Probe(leaf, axes=axes, whole=array.ndim, path=name, record=_Record(records[name]))
 
     def probed(params: Any, args: Any, kwargs: Any) -> Any:
         probes = jax.tree_util.tree_map_with_path(probe, params, is_leaf=is_leaf)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sharding.cluster import everywhere
 from sharding.gather import Placed, gathered
+from sharding.offload import HOST, Offloaded, on_host
 from sharding.zero import Axes, Zero
 
 # `loss(trainable, frozen, batch, key)`: the mean, or the sum and the number that it is over.
@@ -86,10 +87,14 @@ class Step:
         if self.zero is None:
             return None
         state = jax.eval_shape(self.optimiser.init, trainable)
+        where = self.zero.optimiser(state, trainable, self.axes)
+        if isinstance(self.optimiser, Offloaded):
+            hosted = on_host(self.optimiser, trainable)
+            where = jax.tree.map(lambda s, h: s.with_memory_kind(HOST) if h else s, where, hosted)
         return State(
             self.zero.replicated,
             self.zero.parameters(trainable, self.axes),
-            self.zero.optimiser(state, trainable, self.axes),
+            where,
             self.zero.replicated,
         )
 
@@ -150,17 +155,22 @@ class Step:
         if self.clip is not None:
             factor = self.clip / jnp.maximum(norm, self.clip)
             grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
-        updates, optimiser = self.optimiser.update(grads, state.optimiser, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
         finite = jnp.isfinite(norm)
 
         def kept(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
+        given = grads, state.optimiser, state.trainable
+        if isinstance(self.optimiser, Offloaded):  # what is on the host is kept before it is there
+            updates, optimiser = self.optimiser.update(*given, finite=finite)
+        else:
+            updates, optimiser = self.optimiser.update(*given)
+            optimiser = kept(optimiser, state.optimiser)
+        trainable = optax.apply_updates(state.trainable, updates)
         state = State(
             state.step + 1,
             kept(trainable, state.trainable),
-            kept(optimiser, state.optimiser),
+            optimiser,
             state.skipped + jnp.where(finite, 0, 1),
         )
         skipped = jnp.where(finite, jnp.float32(0), jnp.float32(1))
@@ -257,7 +267,7 @@ def make_step(
 
     - `loss(trainable, frozen, batch, key)`, a scalar mean, or a pair: a sum, and the number that it
       is over (tokens). With the pair, parts of a batch weigh by their numbers, as in one piece.
-    - `optimiser`, any of optax.
+    - `optimiser`, any of optax; `offloaded(optimiser)` for a state in the host's memory.
     - `zero`, where arrays stand; None for one device.
     - `axes`, the names of the axes of what is trained.
     - `accumulate`, take a batch in so many parts, one after another, and sum their gradients, in

@@ -92,8 +92,9 @@ class Zero:
     def optimiser(self, state: Any, params: Any, axes: Axes | None = None) -> Any:
         """The sharding of every array of an optimiser's state.
 
-        An array whose path ends as a parameter's, and that has its shape (a moment, a master copy),
-        is sharded as that parameter; another one by its size.
+        An array whose path ends as a parameter's, and that has its shape (a moment, a master copy)
+        or as many axes and a shape that can be split like it (scales of a moment's blocks), is
+        sharded as that parameter; another one by its size.
 
         **Arguments:** `state`, what `optimiser.init(params)` gives, or its shapes; `params`, what
         is trained.
@@ -109,8 +110,11 @@ class Zero:
             parts = name.split("/")
             for i in range(len(parts) + 1):
                 tail = "/".join(parts[i:])
-                if tail in known and known[tail][0] == shape:
-                    return self._sharding(tail, shape, known[tail][1], sharded)
+                if tail not in known or len(known[tail][0]) != len(shape):
+                    continue
+                sharding = self._sharding(tail, *known[tail], sharded)
+                if known[tail][0] == shape or _divides(sharding, shape):
+                    return sharding
             return self._sharding(name, shape, None, sharded)
 
         return jax.tree_util.tree_map_with_path(of, state)
@@ -233,6 +237,15 @@ def axes_by_pattern(table: tuple[tuple[str, tuple[str | None, ...]], ...]) -> Ax
         return None
 
     return axes
+
+
+def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    """Whether an array of this shape can be split so, evenly."""
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        return False
+    return True
 
 
 def _string(path: Any) -> str:

@@ -6,7 +6,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.common.methods import Method, Sizes
-from experiments.common.numbers import Keep, Precision, Stage
+from experiments.common.numbers import Keep, Precision, Quantised, Stage
+from experiments.common.numbers import Optimiser as Name
 
 if TYPE_CHECKING:
     from experiments.common.plan import Planned
@@ -30,6 +31,9 @@ class Case:
     accumulate: int = 1
     chunk: int = 1024
     keep: Keep = "nothing"
+    quantize: Quantised | None = None
+    optimiser: Name = "adamw"
+    offload: bool = False
 
     @property
     def title(self) -> str:

@@ -46,7 +46,8 @@ class Layout:
 
     **Attributes:** `lora`, what LoRA updates; `kv`, what makes keys and values; `kv_bias`, where
     prefixes stand; `out`, the projections of attention and MLP back to the residual stream; `down`,
-    the MLP's alone; `words`; `norms`; `parts`, LoRA's of a fused kernel.
+    the MLP's alone; `words`; `norms`; `linear`, every linear layer but the head; `parts`, LoRA's of
+    a fused kernel.
     """
 
     lora: str
@@ -56,6 +57,7 @@ class Layout:
     down: str
     words: str
     norms: str
+    linear: str
     parts: tuple[tuple[str, tuple[int, tuple[int, ...]]], ...] = ()
 
 
@@ -68,6 +70,7 @@ LAYOUTS: dict[type, Layout] = {
         r"down_proj/kernel$",
         r"embed_tokens/embedding$",
         r"norm/scale$",
+        r"_proj/kernel$",
     ),
     Gpt2: Layout(
         r"attn/c_attn/kernel$",
@@ -77,6 +80,7 @@ LAYOUTS: dict[type, Layout] = {
         r"mlp/c_proj/kernel$",
         r"wte/embedding$",
         r"ln_\w+/(scale|bias)$",
+        r"(c_attn|c_proj|c_fc)/kernel$",
         # Separate updates of q and v in the kernel that makes q, k and v, as the paper has them.
         ((r"c_attn/kernel$", (3, (0, 2))),),
     ),
@@ -88,6 +92,7 @@ LAYOUTS: dict[type, Layout] = {
         r"DenseReluDense/wo/kernel$",
         r"shared/embedding$",
         r"layer_norm/scale$",
+        r"(Attention|DenseReluDense)/.*kernel$",
     ),
 }
 

@@ -34,6 +34,7 @@ HEAD = jpeft.Train(r"^classifier/")
 KEYS_AND_VALUES = r"attention/self/(key|value)/"
 PROJECTIONS = r"output/dense/bias$"
 LAST_PROJECTION = r"layer/output/dense/"
+LINEAR = r"encoder/layer/.*kernel$"
 WORDS = r"word_embeddings/embedding$"
 
 

@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import jpeft
-from experiments.common.decoders import recipes
+from experiments.common.bases import in_format
+from experiments.common.decoders import LAYOUTS, recipes
 from experiments.common.named import config_of
 from experiments.common.scale import TABLES, Scale, all_axes, compute_dtype, remat_of
 from experiments.common.training import Schedule
@@ -77,7 +78,8 @@ def plan(options: Any, mesh: Mesh) -> Planned:
     **Raises:** `ModelError` for an unknown model; `ValueError`.
     """
     config = config_of(options.model)
-    zero, scale = Zero(mesh, options.stage), Scale(precision=options.numbers)
+    zero = Zero(mesh, options.stage)
+    scale = Scale(precision=options.numbers, offload=options.offload)
     dtype = compute_dtype(options.numbers)
 
     def made(remat: Any) -> Any:
@@ -89,6 +91,9 @@ def plan(options: Any, mesh: Mesh) -> Planned:
     recipe = recipes(model)[options.method]
     transform = recipe.transform(options.sizes)
     uses = jpeft.uses(apply, params, jnp.zeros((1, 8), jnp.int32))
+    size = _size(params)
+    stored = (LAYOUTS[Llama].linear, options.quantize, uses)
+    params = jax.eval_shape(lambda p: in_format(p, *stored), params)
 
     def first(key: Any, params: Any) -> Any:
         trainable = transform.init(key, params, uses=uses)
@@ -112,10 +117,10 @@ def plan(options: Any, mesh: Mesh) -> Planned:
 
         return loss
 
-    optimiser = Schedule(recipe.rate, 1000, weight_decay=recipe.decay).optimiser()
+    schedule = Schedule(recipe.rate, 1000, weight_decay=recipe.decay, name=options.optimiser)
     step = make_step(
         loss_of(apply),
-        scale.optimiser(optimiser, 0),
+        scale.optimiser(schedule.optimiser(), 0),
         zero=zero,
         axes=axes,
         accumulate=options.accumulate,
@@ -127,7 +132,7 @@ def plan(options: Any, mesh: Mesh) -> Planned:
         base.arrays,
         options.sequence,
         room,
-        _size(params),
+        size,
         _size(trainable),
         loss_of(jpeft.functional(made(False)).apply),
     )

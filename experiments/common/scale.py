@@ -16,6 +16,7 @@ from experiments.common.numbers import Keep, Precision, Stage
 from jpeft.models import bert, gpt2, llama, t5
 from jpeft.precision import master_weights, stochastic_rounding
 from sharding import Axes, Zero, axes_by_pattern, make_mesh
+from sharding.offload import offloaded
 
 TABLES: dict[type, tuple[tuple[str, tuple[str, ...]], ...]] = {
     bert.BertForSequenceClassification: bert.AXES,
@@ -33,13 +34,15 @@ class Scale:
     one device (all of them in a job of several processes); `stage`, ZeRO's; `precision`: `float32`;
     `bfloat16`, the model computes in it and trained arrays are fp32; `mixed`, trained arrays are
     bf16 too, with fp32 masters in the optimiser's state; `stochastic`, bf16 without masters,
-    rounded at random; `accumulate`, take a batch in so many parts.
+    rounded at random; `accumulate`, take a batch in so many parts; `offload`, keep the
+    optimiser's state in the host's memory.
     """
 
     mesh: str | None = None
     stage: Stage = 3
     precision: Precision = "float32"
     accumulate: int = 1
+    offload: bool = False
 
     def zero(self) -> Zero | None:
         """Where arrays stand; None for one device. **Raises:** `ValueError` for a wrong mesh."""
@@ -55,15 +58,16 @@ class Scale:
     def optimiser(self, inner: optax.GradientTransformation, seed: int) -> Any:
         """The optimiser with what the precision adds to it."""
         if self.precision == "mixed":
-            return master_weights(inner)
+            inner = master_weights(inner)
         if self.precision == "stochastic":
-            return stochastic_rounding(inner, seed)
-        return inner
+            inner = stochastic_rounding(inner, seed)
+        return offloaded(inner) if self.offload else inner
 
 
 def scale_of(config: Any) -> Scale:
     """The scale of a command's configuration."""
-    return Scale(config.mesh, config.stage, config.precision, config.accumulate)
+    numbers = (config.precision, config.accumulate, config.offload)
+    return Scale(config.mesh, config.stage, *numbers)
 
 
 def remat_of(remat: bool, keep: Keep) -> Any:
@@ -90,8 +94,11 @@ def axes_of(model: Any) -> Axes | None:
 
 
 def all_axes(transform: jpeft.Transform, params: Any, trainable: Any, axes: Axes) -> Axes:
-    """The names of the axes of parameters and of what is trained, by path."""
-    own = jpeft.trainable_axes(transform, params, trainable, axes)
+    """The names of the axes of parameters, also quantised ones, and of what is trained, by path."""
+    own = {
+        **jpeft.leaf_axes(params, axes),
+        **jpeft.trainable_axes(transform, params, trainable, axes),
+    }
     return lambda path, shape: own[path] if path in own else axes(path, shape)
 
 

@@ -13,7 +13,8 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import jpeft
-from experiments.common.pipeline import Batch, Shapes, in_order
+from experiments.common.numbers import Optimiser
+from experiments.common.pipeline import Batch, Shapes, Share, in_order, share_of
 from experiments.common.scale import Scale, all_axes
 from experiments.common.tokens import Example
 from sharding import Axes, State, Step, make_step
@@ -34,6 +35,11 @@ class Schedule:
     weight_decay: float = 0.01
     clip: float = 1.0
     ratio: float | None = None
+    name: Optimiser = "adamw"
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and self.name != "adamw":
+            raise ValueError(f"--lora-plus is of AdamW: leave out --optimiser {self.name}")
 
     def optimiser(self) -> optax.GradientTransformation:
         """The optax chain."""
@@ -46,7 +52,9 @@ class Schedule:
             ],
             [warm],
         )
-        if self.ratio is None:
+        if self.name == "adamw8bit":
+            adam = jpeft.adamw8bit(rate, weight_decay=self.weight_decay)
+        elif self.ratio is None:
             adam = optax.adamw(rate, weight_decay=self.weight_decay)
         else:
             adam = jpeft.lora_plus(rate, ratio=self.ratio, weight_decay=self.weight_decay)
@@ -182,6 +190,10 @@ class Trainer:
         inputs = [batch[k] for k in INPUTS]
         return jpeft.lift(self.apply)(rewritten, *inputs, key=key, **pooling)
 
+    def share(self, rows: int) -> Share:
+        """What this process makes of batches of so many rows. **Raises:** see `share_of`."""
+        return share_of(self.step.zero, rows)
+
     def step_memory(self, batch: Batch) -> dict[str, float]:
         """MiB of one compiled training step on a batch: `arguments` and `temporaries`."""
         lowered = self.step.lower(self.init(), self.frozen, batch, self.key(0))
@@ -196,7 +208,7 @@ class Trainer:
     ) -> np.ndarray:
         """The model's outputs for every example, in their order: `(n, classes)`."""
         out: list[tuple[np.ndarray, np.ndarray]] = []
-        for numbers, batch in in_order(examples, shapes, pad):
+        for numbers, batch in in_order(examples, shapes, pad, self.share(shapes.batch)):
             values = self.outputs(self.frozen, state, batch)
             out.append((numbers, np.asarray(values)[: len(numbers)]))
         order = np.argsort(np.concatenate([n for n, _ in out]))
