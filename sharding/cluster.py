@@ -9,13 +9,14 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import Int
 
 COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -199,29 +200,55 @@ def largest(number: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.asarray(number, np.int32))))
 
 
-def process_rows(rows: int) -> slice:
-    """Which rows of a global batch this process loads, of batches split over all devices in order.
+def process_rows(rows: int, sharding: jax.sharding.Sharding) -> Int[np.ndarray, " n"]:
+    """Which rows of a global batch of `rows` this process makes: those of its devices, ascending.
 
-    **Raises:** `ValueError` for rows that processes cannot share evenly.
+    Several processes make the same ones where a mesh splits layers over them.
+
+    **Arguments:** `sharding`, `Zero.batch` of an array with so many rows.
     """
-    count = jax.process_count()
-    if rows % count:
-        raise ValueError(f"{rows} rows cannot be shared evenly by {count} processes")
-    each = rows // count
-    return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+    found = sharding.addressable_devices_indices_map((rows,))
+    assert found is not None  # there are devices here
+    return np.unique(np.concatenate([np.arange(rows)[at] for at in found.values()]))
 
 
-def global_batch(local: Any, sharding: Any) -> Any:
+def global_batch(local: Any, sharding: Any, rows: int | None = None) -> Any:
     """Global arrays from the rows that each process has.
 
-    **Arguments:** `local`, a tree of this process's rows; `sharding`, `Zero.batch` of the whole
-    batch's shapes, or one sharding.
+    **Arguments:** `local`, a tree of this process's rows, as `process_rows` numbers them;
+    `sharding`, `Zero.batch` of the whole batch's shapes, or one sharding; `rows`, the whole
+    batch's, where they do not follow from `local` since processes have different numbers of them.
+
+    **Raises:** `ValueError` for rows that are not this process's.
     """
     if isinstance(sharding, jax.sharding.Sharding):
         sharding = jax.tree.map(lambda _: sharding, local)
-    return jax.tree.map(
-        lambda x, s: jax.make_array_from_process_local_data(s, np.asarray(x)), local, sharding
-    )
+
+    def one(x: Any, s: Any) -> Any:
+        x = np.asarray(x)
+        whole = None if rows is None else (rows, *x.shape[1:])
+        return jax.make_array_from_process_local_data(s, x, whole)
+
+    return jax.tree.map(one, local, sharding)
+
+
+def measured(
+    count: int, of: Callable[[Sequence[int]], Int[np.ndarray, "n k"]]
+) -> Int[np.ndarray, "count k"]:
+    """`of` the numbers below `count`, each process working out a share of them for all.
+
+    Every process must ask at the same place, and have the same `of`.
+    """
+    processes = jax.process_count()
+    own = range(jax.process_index(), count, processes)
+    found = np.asarray(of(own), np.int32)
+    if processes == 1 or not count:
+        return found
+    each = -(-count // processes)
+    filled = np.zeros((each, *found.shape[1:]), np.int32)
+    filled[: len(found)] = found
+    every = multihost_utils.process_allgather(filled)
+    return np.swapaxes(every, 0, 1).reshape(each * processes, *found.shape[1:])[:count]
 
 
 def everywhere(host: Any, sharding: Any) -> Any:

@@ -11,8 +11,9 @@ import numpy as np
 
 import jpeft
 from experiments.common.pairs import Pair
-from experiments.common.pipeline import Batch, Batches, Shapes, shapes
+from experiments.common.pipeline import Batch, Batches, Shapes, quantiles
 from experiments.common.texts import Codec
+from experiments.common.tokens import Later, encoded, sizes, taken
 from experiments.common.training import Trainer
 from jpeft.models.loss import IGNORED
 
@@ -32,21 +33,25 @@ class Tokens:
 
 def encode(
     pairs: Sequence[Pair], codec: Codec, render: Render, length: int, two_sided: bool
-) -> tuple[list[Tokens], int]:
+) -> tuple[Sequence[Tokens], int]:
     """Pairs as tokens, with how many were left out since they have more than `length`: cutting one
-    would cut its answer.
+    would cut its answer. See `encoded` for when that is done.
 
     **Arguments:** `two_sided`, prompt to the encoder and answer to the decoder, else the answer
     follows the prompt. The loss is on the answer and its end.
     """
-    out: list[Tokens] = []
-    for pair in pairs:
+
+    def one(pair: Pair) -> Tokens:
         prompt = prompt_ids(pair.prompt, codec, render, two_sided)
         answer = [*codec.encode(pair.answer), codec.end]
         ids = prompt if two_sided else prompt + answer
         labels = answer if two_sided else [IGNORED] * len(prompt) + answer
-        if max(len(ids), len(labels)) <= length:
-            out.append(Tokens(ids, labels, [1] * len(ids)))
+        return Tokens(ids, labels, [1] * len(ids))
+
+    def make(numbers: Sequence[int]) -> list[Tokens]:
+        return [one(pairs[i]) for i in numbers]
+
+    out = encoded(make, len(pairs), ("ids", "labels"), length)
     return out, len(pairs) - len(out)
 
 
@@ -56,29 +61,38 @@ def prompt_ids(prompt: str, codec: Codec, render: Render, two_sided: bool) -> li
     return [*ids, codec.end] if two_sided else ids
 
 
-def packed(examples: Sequence[Tokens], length: int) -> list[Tokens]:
+def packed(examples: Sequence[Tokens], length: int) -> Sequence[Tokens]:
     """Rows of up to `length` tokens, each of as many whole pairs as fit, the longest first.
 
     A pair's first token is never a label, so that none is foretold from another pair.
     """
-    rows: list[list[Tokens]] = []
+    rows: list[list[int]] = []
     room: list[int] = []
-    for e in sorted(examples, key=lambda e: -len(e.ids)):
-        at = next((i for i, r in enumerate(room) if r >= len(e.ids)), None)
+    lengths = sizes(examples).tolist()
+    for number in sorted(range(len(examples)), key=lambda i: -lengths[i]):
+        at = next((i for i, r in enumerate(room) if r >= lengths[number]), None)
         if at is None:
             rows.append([])
             room.append(length)
             at = len(rows) - 1
-        rows[at].append(e)
-        room[at] -= len(e.ids)
-    return [
-        Tokens(
-            [i for e in row for i in e.ids],
-            [x for e in row for x in (IGNORED, *e.labels[1:])],
-            [n for n, e in enumerate(row, 1) for _ in e.ids],
-        )
-        for row in rows
-    ]
+        rows[at].append(number)
+        room[at] -= lengths[number]
+
+    def make(numbers: Sequence[int]) -> list[Tokens]:
+        return [_joined(taken(examples, rows[i])) for i in numbers]
+
+    if not isinstance(examples, Later):
+        return make(range(len(rows)))
+    full = length - np.array(room, np.int32)
+    return Later(make, {"ids": full, "labels": full})
+
+
+def _joined(row: Sequence[Tokens]) -> Tokens:
+    return Tokens(
+        [i for e in row for i in e.ids],
+        [x for e in row for x in (IGNORED, *e.labels[1:])],
+        [n for n, e in enumerate(row, 1) for _ in e.ids],
+    )
 
 
 def batches(
@@ -87,11 +101,12 @@ def batches(
     """Endless training batches of few shapes: `input_ids`, `attention_mask`, `labels`, and for a
     decoder `segment_ids`.
     """
-    sides = shapes([_Ids(e.labels) for e in examples], rows, length)  # type: ignore[list-item]
 
     def to_batch(chosen: Sequence[Tokens], of: Shapes, pad: int) -> Batch:
-        width = of.length(max(len(e.ids) for e in chosen))
-        side = sides.length(max(len(e.labels) for e in chosen)) if two_sided else width
+        width = of.length(max((len(e.ids) for e in chosen), default=0))
+        side = width
+        if two_sided:
+            side = of.side(max((len(e.labels) for e in chosen), default=0))
         out = {
             "input_ids": np.full((of.batch, width), pad, np.int32),
             "attention_mask": np.zeros((of.batch, width), np.int32),
@@ -107,13 +122,9 @@ def batches(
             del out["segment_ids"]
         return out
 
-    of = shapes(examples, rows, length)  # type: ignore[arg-type]
+    sides = quantiles(sizes(examples, "labels"), length) if two_sided else ()
+    of = Shapes(rows, quantiles(sizes(examples), length), sides)
     return Batches(examples, of, codec.pad, seed, to_batch)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ids:
-    ids: list[int]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.common.readers import DataError
 from experiments.common.sample import SAMPLE
+from sharding.cluster import largest
 
 _MOST = 2**31  # bytes that an archive's texts may have: a small file can tell of any size
 
@@ -80,15 +81,27 @@ def _decoded(raw: bytes, where: str) -> str:
 
 
 def draw_rows(
-    texts: Mapping[str, str], encode: Callable[[str], list[int]], count: int, length: int, rng: Any
+    texts: Mapping[str, str],
+    encode: Callable[[str], list[int]],
+    count: int,
+    length: int,
+    rng: Any,
+    own: np.ndarray | None = None,
 ) -> np.ndarray:
     """Rows of `length` tokens from random places of random texts, int32 `(count, length)`.
 
-    White space counts as one space. **Raises:** `DataError` for a text that is too short.
+    White space counts as one space. Every process of a job must ask at the same place.
+
+    **Arguments:** `own`, numbers of the rows to be made, ascending: then there are no others.
+
+    **Raises:** `DataError` for a text that is too short, in every process.
     """
     names = list(texts)
     chosen, places = rng.integers(len(names), size=count), rng.random(count)
-    rows = np.empty((count, length), np.int32)
+    if own is not None:
+        chosen, places = chosen[own], places[own]
+    rows = np.empty((len(chosen), length), np.int32)
+    short = -1
     for i in np.unique(chosen):
         words = texts[names[i]].split()
         for row in np.flatnonzero(chosen == i):
@@ -96,9 +109,13 @@ def draw_rows(
             start = int(places[row] * max(1, len(words) - length + 1))
             ids = encode(" ".join(words[start : start + length]))
             if len(ids) < length:
-                raise DataError(
-                    f"{names[i]} has fewer than the {length} tokens of a row: give longer texts, "
-                    "or a lower --length"
-                )
+                short = int(i)
+                break
             rows[row] = ids[:length]
+    short = largest(short)
+    if short >= 0:
+        raise DataError(
+            f"{names[short]} has fewer than the {length} tokens of a row: give longer texts, "
+            "or a lower --length"
+        )
     return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -51,7 +51,7 @@ class Progress:
 
 def train(
     trainer: Trainer,
-    batches: Batches,
+    batches: Batches | Iterable[Batch],
     folder: pathlib.Path | None,
     *,
     log: Log,
@@ -60,13 +60,17 @@ def train(
 ) -> tuple[Any, Progress]:
     """Train to the schedule's end; the trained state, and what was done.
 
-    **Arguments:** `folder`, where checkpoints are kept (None: nowhere); `resume`, start from the
-    last one there; `log` is called with every step's `step`, `loss` and `tokens_per_second`.
+    Of several processes each makes its rows of every batch.
+
+    **Arguments:** `batches`, without checkpoints any that the step can take; `folder`, where
+    checkpoints are kept (None: nowhere); `resume`, start from the last one there; `log` is called with every step's `step`, `loss` and `tokens_per_second`.
 
     **Raises:** `InterruptedRunError` after Ctrl-C or SIGTERM, when the running step is done and
     saved; `DivergedError`; `CheckpointError` for checkpoints of another run.
     """
-    iterator = iter(batches)
+    if isinstance(batches, Batches):
+        batches = batches.of(trainer.share(batches.shapes.batch))
+    iterator: Any = iter(batches)
     state = trainer.init()
     progress = Progress()
     with _checkpoints(trainer, folder) as saved, stop_on_signals() as stopping:

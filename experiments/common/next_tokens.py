@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 import jpeft
 from experiments.common.language import LanguageTrainer, language_uses
 from experiments.common.loop import InterruptedRunError, Log, Progress, train
-from experiments.common.pipeline import Batch
+from experiments.common.pipeline import Batch, Share
 from jpeft.models.llama import Llama
 
 Apply = Callable[..., Any]
@@ -66,11 +66,17 @@ class NextTokens(LanguageTrainer):
         return {"temporaries": super().step_memory(batch)["temporaries"]}
 
 
-def train_on(trainer: NextTokens, rows: np.ndarray, log: Log) -> tuple[Any, Progress]:
-    """`train` on rows `(steps, b, t)`, without checkpoints."""
-    batches = [batch_of(x) for x in rows]
+def train_on(
+    trainer: NextTokens, rows: np.ndarray, log: Log, share: Share | None = None
+) -> tuple[Any, Progress]:
+    """`train` on rows `(steps, b, t)`, of which this process may have its share, without
+    checkpoints.
+
+    **Arguments:** `share`, that of batches; without it `rows` are whole.
+    """
+    batches = (share.placed(batch_of(x)) if share else batch_of(x) for x in rows)
     try:
-        return train(trainer, batches, None, log=log)  # type: ignore[arg-type]
+        return train(trainer, batches, None, log=log)
     except InterruptedRunError:
         # Its message tells of a checkpoint: there is none.
         raise KeyboardInterrupt from None

@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain.python as grain
+import jax
 import numpy as np
+from jaxtyping import Int
 
-from experiments.common.tokens import Example
+from experiments.common.tokens import Example, sizes, taken
+from sharding import Zero
+from sharding.cluster import global_batch, process_rows
 
 Batch = dict[str, np.ndarray]
 
@@ -19,24 +23,77 @@ class Shapes:
     """The lengths that batches may have, ascending; every batch has `batch` rows.
 
     A batch is as long as the first of `lengths` that holds its longest example, so a step is
-    compiled once for each of them.
+    compiled once for each of them. `sides` are the lengths of a decoder's own side, if it has one.
     """
 
     batch: int
     lengths: tuple[int, ...]
+    sides: tuple[int, ...] = ()
 
     def length(self, tokens: int) -> int:
         """The first length that holds `tokens`."""
-        return next(n for n in self.lengths if n >= tokens)
+        return _first(self.lengths, tokens)
+
+    def side(self, tokens: int) -> int:
+        """The first of `sides` that holds `tokens`."""
+        return _first(self.sides, tokens)
 
 
-def shapes(examples: Sequence[Example], batch: int, longest: int, buckets: int = 3) -> Shapes:
+def _first(lengths: Sequence[int], tokens: int) -> int:
+    return next(n for n in lengths if n >= tokens)
+
+
+def shapes(examples: Sequence[Any], batch: int, longest: int) -> Shapes:
+    """Shapes with few lengths, those that `quantiles` picks."""
+    return Shapes(batch, quantiles(sizes(examples), longest))
+
+
+def quantiles(sizes: Int[np.ndarray, " n"], longest: int, buckets: int = 3) -> tuple[int, ...]:
     """Lengths at even quantiles of the examples', rounded up to multiples of 8."""
-    sizes = np.sort([len(e.ids) for e in examples])
+    sizes = np.sort(sizes)
     picks = [sizes[max(0, len(sizes) * i // buckets - 1)] for i in range(1, buckets + 1)]
     lengths = {min(longest, -(-int(n) // 8) * 8) for n in picks} | {min(longest, int(sizes[-1]))}
     top = max(lengths)
-    return Shapes(batch, tuple(sorted({n for n in lengths if n == top or n % 8 == 0})))
+    return tuple(sorted({n for n in lengths if n == top or n % 8 == 0}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What of every batch this process makes.
+
+    **Attributes:** `batch`, the rows of all processes; `rows`, the numbers of its own, ascending,
+    None where it makes all since it is alone; `where`, the sharding of the whole batch.
+    """
+
+    batch: int
+    rows: Int[np.ndarray, " n"] | None = None
+    where: jax.sharding.Sharding | None = None
+
+    def of(self, numbers: np.ndarray) -> np.ndarray:
+        """The part of a batch's numbers of examples; fewer than rows where the batch is short."""
+        if self.rows is None:
+            return numbers
+        return numbers[self.rows[self.rows < len(numbers)]]
+
+    @property
+    def count(self) -> int:
+        """How many rows it makes."""
+        return self.batch if self.rows is None else len(self.rows)
+
+    def placed(self, batch: Batch) -> Batch:
+        """The whole batch on all devices, of which this process gives its rows."""
+        return batch if self.where is None else global_batch(batch, self.where, self.batch)
+
+
+def share_of(zero: Zero | None, batch: int) -> Share:
+    """This process's share of batches of so many rows.
+
+    **Raises:** `ValueError` in a job of several, for rows that devices cannot share evenly.
+    """
+    if zero is None or jax.process_count() == 1:
+        return Share(batch)
+    where = zero.batch({"input_ids": jax.ShapeDtypeStruct((batch,), np.int32)})["input_ids"]
+    return Share(batch, process_rows(batch, where), where)
 
 
 class Batches(grain.IterDataset[Batch]):
@@ -47,7 +104,7 @@ class Batches(grain.IterDataset[Batch]):
     Its iterator has `get_state` and `set_state`.
 
     **Arguments:** `examples`, each with its `ids`; `to_batch`, what makes a batch of some,
-    `collate` where left out.
+    `collate` where left out; `share`, what of each batch this process makes, all where left out.
     """
 
     def __init__(
@@ -57,10 +114,17 @@ class Batches(grain.IterDataset[Batch]):
         pad: int,
         seed: int,
         to_batch: Callable[[Sequence[Any], Shapes, int], Batch] | None = None,
+        share: Share | None = None,
     ) -> None:
         super().__init__()
         self.examples, self.shapes, self.pad, self.seed = examples, shapes, pad, seed
         self.to_batch = collate if to_batch is None else to_batch
+        self.share = Share(shapes.batch) if share is None else share
+        self.sizes = sizes(examples)
+
+    def of(self, share: Share) -> Batches:
+        """The same batches, of which this process makes its share."""
+        return Batches(self.examples, self.shapes, self.pad, self.seed, self.to_batch, share)
 
     @property
     def per_epoch(self) -> int:
@@ -75,7 +139,7 @@ class Batches(grain.IterDataset[Batch]):
         out: list[np.ndarray] = []
         for start in range(0, len(numbers), run):
             part = numbers[start : start + run]
-            part = part[np.argsort([len(self.examples[i].ids) for i in part], kind="stable")]
+            part = part[np.argsort(self.sizes[part], kind="stable")]
             out += [part[i : i + size] for i in range(0, len(part), size)]
         return [out[i] for i in rng.permutation(len(out))]
 
@@ -95,10 +159,9 @@ class BatchIterator(grain.DatasetIterator[Batch]):
         if self.position == len(self.order):
             self.epoch, self.position = self.epoch + 1, 0
             self.order = self.batches.order(self.epoch)
-        b = self.batches
-        chosen = [b.examples[i] for i in self.order[self.position]]
+        b, numbers = self.batches, self.order[self.position]
         self.position += 1
-        return b.to_batch(chosen, b.shapes, b.pad)
+        return b.share.placed(made(b.examples, numbers, b.shapes, b.pad, b.share, b.to_batch))
 
     def get_state(self) -> dict[str, Any]:
         """A JSON-able state."""
@@ -110,13 +173,29 @@ class BatchIterator(grain.DatasetIterator[Batch]):
         self.order = self.batches.order(self.epoch)
 
 
+def made(
+    examples: Sequence[Any],
+    numbers: np.ndarray,
+    shapes: Shapes,
+    pad: int,
+    share: Share,
+    to_batch: Callable[[Sequence[Any], Shapes, int], Batch],
+) -> Batch:
+    """A process's rows of a batch of the examples of these numbers, as long as the whole batch."""
+    length, sides = shapes.length(int(sizes(examples, "ids", numbers).max())), shapes.sides
+    if sides:
+        sides = (shapes.side(int(sizes(examples, "labels", numbers).max())),)
+    return to_batch(taken(examples, share.of(numbers)), Shapes(share.count, (length,), sides), pad)
+
+
 def collate(examples: Sequence[Example], shapes: Shapes, pad: int) -> Batch:
     """One batch, padded to a length of `shapes` and to its number of rows.
 
     `input_ids`, `attention_mask`, `token_type_ids`: int32 (rows, length); `labels`, `valid`:
     float32 (rows,). `valid` is 0 at rows that only fill up.
     """
-    rows, length = shapes.batch, shapes.length(max(len(e.ids) for e in examples))
+    rows = shapes.batch
+    length = shapes.length(max((len(e.ids) for e in examples), default=0))
     out = {
         "input_ids": np.full((rows, length), pad, np.int32),
         "attention_mask": np.zeros((rows, length), np.int32),
@@ -133,10 +212,14 @@ def collate(examples: Sequence[Example], shapes: Shapes, pad: int) -> Batch:
 
 
 def in_order(
-    examples: Sequence[Example], shapes: Shapes, pad: int
+    examples: Sequence[Example], shapes: Shapes, pad: int, share: Share | None = None
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Every example once, by length: the examples' numbers, and their batch."""
-    numbers = np.argsort([len(e.ids) for e in examples], kind="stable")
+    """Every example once, by length: the examples' numbers, and their batch.
+
+    **Arguments:** `share`, what of each batch this process makes, all where left out.
+    """
+    share = Share(shapes.batch) if share is None else share
+    numbers = np.argsort(sizes(examples), kind="stable")
     for start in range(0, len(numbers), shapes.batch):
         part = numbers[start : start + shapes.batch]
-        yield part, collate([examples[i] for i in part], shapes, pad)
+        yield part, share.placed(made(examples, part, shapes, pad, share, collate))
