@@ -266,6 +266,49 @@ def precision() -> str:
     return f"{markdown(header, rows)}\n\n{about}"
 
 
+def qlora() -> str:
+    """`qlora` on SST-2."""
+    r = read("qlora", "sst2")
+    seeds = r["config"]["seeds"]
+    rows = [
+        [
+            name,
+            f"{100 * row['mean']:.2f} ± {100 * row['std']:.2f}",
+            f"{row['base_mib']:.1f}",
+            f"{row['memory_mib']:.0f}",
+            f"{row['step_ms']:.0f}",
+        ]
+        for name, row in r["rows"].items()
+    ]
+    header = ["linear layers in", "accuracy", "MiB frozen", "MiB a step", "ms a step"]
+    about = f"SST-2, MiniLM, LoRA of rank {r['config']['rank']} on every linear layer, {seeds} seeds"
+    return f"{markdown(header, rows)}\n\n{about}; {source(r)}."
+
+
+def account() -> str:
+    """`qlora --report-65b`: the memory of large models' steps on one device."""
+    r = read("qlora", "65b")
+    rows = [
+        [
+            row["model"],
+            row["title"],
+            *(f"{row['bytes'].get(k, 0) / 1e9:.2f}" for k in ("frozen", "trainable", "optimiser")),
+            f"{row['bytes']['temporaries'] / 1e9:.2f}",
+            f"{row['total'] / 1e9:.2f}",
+            f"{row['host'] / 1e9:.2f}",
+        ]
+        for row in r["rows"]
+    ]
+    header = ["model", "optimiser", "base, GB", "trained", "state", "temporaries", "in all"]
+    first = r["rows"][0]
+    about = (
+        f"NF4 with double quantisation, rank {first['rank']} on every linear layer, 1 x "
+        f"{first['sequence']} tokens, activations made again; one chip of {r['topology']}, libtpu "
+        f"{r['versions']['libtpu']}, {source(r)}."
+    )
+    return f"{markdown([*header, 'on the host, GB'], rows)}\n\n{about}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "precision": precision,
     "aot": aot,
@@ -278,6 +321,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation": generation,
     "longlora": longlora,
     "finetune": finetune,
+    "qlora": qlora,
+    "account": account,
 }
 
 

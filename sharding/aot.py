@@ -20,6 +20,7 @@ from sharding._hlo import parse
 from sharding.chips import Chip, chip_of
 from sharding.costs import program_flops, traced_flops, traffic
 from sharding.hlo import Collective, Total, by_kind, collectives
+from sharding.offload import HOST
 from sharding.roofline import Roofline, roofline
 from sharding.step import State, Step
 from sharding.tpus import TopologyError, mismatch, topology
@@ -59,6 +60,7 @@ class Memory:
     - `temporaries`, what is alive beside these where the program needs most.
     - `code`, the program itself.
     - `limit`, what there is.
+    - `host`, bytes in the host's memory, which the others leave out.
     """
 
     arguments: Mapping[str, int]
@@ -66,6 +68,7 @@ class Memory:
     temporaries: int
     code: int
     limit: float
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -199,7 +202,7 @@ def placed(tree: Any, shardings: Any) -> Any:
 
 
 def argument_bytes(state: State, frozen: Any, batch: Any, key: Any = None) -> dict[str, int]:
-    """Bytes of a step's arguments on one device, by kind, without padding."""
+    """Bytes of a step's arguments on one device, by kind, without padding; none on the host."""
     trees = {
         "trainable": state.trainable,
         "frozen": frozen,
@@ -211,6 +214,8 @@ def argument_bytes(state: State, frozen: Any, batch: Any, key: Any = None) -> di
 
 
 def _shard_bytes(x: Any) -> int:
+    if x.sharding is not None and x.sharding.memory_kind == HOST:
+        return 0
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
     return math.prod(shape) * x.dtype.itemsize
 
@@ -219,14 +224,17 @@ def _memory(analysis: Any, parts: dict[str, int], chip: Chip) -> Memory:
     inputs = analysis.argument_size_in_bytes
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     # The peak is what the TPU compiler holds against the limit. temp_size_in_bytes is more there:
-    # what is never alive at the same time counts twice in it.
-    temporaries = analysis.peak_memory_in_bytes - inputs - outputs
+    # what is never alive at the same time counts twice in it. It counts the host's memory too.
+    host = analysis.host_argument_size_in_bytes + analysis.host_output_size_in_bytes
+    host += analysis.host_temp_size_in_bytes - analysis.host_alias_size_in_bytes
+    temporaries = analysis.peak_memory_in_bytes - host - inputs - outputs
     return Memory(
         {**parts, "padding": inputs - sum(parts.values())},
         outputs,
         max(temporaries, 0),
         analysis.generated_code_size_in_bytes,
         chip.hbm / chip.devices,
+        host,
     )
 
 

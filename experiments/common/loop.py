@@ -63,7 +63,8 @@ def train(
     Of several processes each makes its rows of every batch.
 
     **Arguments:** `batches`, without checkpoints any that the step can take; `folder`, where
-    checkpoints are kept (None: nowhere); `resume`, start from the last one there; `log` is called with every step's `step`, `loss` and `tokens_per_second`.
+    checkpoints are kept (None: nowhere); `resume`, start from the last one there; `log` is called
+    with every step's `step`, `loss` and `tokens_per_second`.
 
     **Raises:** `InterruptedRunError` after Ctrl-C or SIGTERM, when the running step is done and
     saved; `DivergedError`; `CheckpointError` for checkpoints of another run.

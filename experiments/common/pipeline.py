@@ -182,10 +182,11 @@ def made(
     to_batch: Callable[[Sequence[Any], Shapes, int], Batch],
 ) -> Batch:
     """A process's rows of a batch of the examples of these numbers, as long as the whole batch."""
-    length, sides = shapes.length(int(sizes(examples, "ids", numbers).max())), shapes.sides
+    whole, own = numbers.tolist(), share.of(numbers).tolist()
+    length, sides = shapes.length(int(sizes(examples, "ids", whole).max())), shapes.sides
     if sides:
-        sides = (shapes.side(int(sizes(examples, "labels", numbers).max())),)
-    return to_batch(taken(examples, share.of(numbers)), Shapes(share.count, (length,), sides), pad)
+        sides = (shapes.side(int(sizes(examples, "labels", whole).max())),)
+    return to_batch(taken(examples, own), Shapes(share.count, (length,), sides), pad)
 
 
 def collate(examples: Sequence[Example], shapes: Shapes, pad: int) -> Batch:

@@ -128,7 +128,7 @@ def sizes(
     """How many tokens examples have: all of them, or those of some numbers."""
     if isinstance(examples, Later):
         found = examples.sizes[field]
-        return found if numbers is None else found[np.asarray(numbers)]
+        return found if numbers is None else found[list(numbers)]
     chosen = examples if numbers is None else taken(examples, numbers)
     return np.array([len(getattr(e, field)) for e in chosen], np.int32)
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from rich.console import Console
 from experiments.common.runtime import threads_environment
 from experiments.finetune import Config as FinetuneConfig
 from experiments.finetune import main as finetune
+from experiments.longlora import Config as LongConfig
+from experiments.longlora import main as longlora
 from experiments.lora_glue import Config, main
 from tests.tiny import write_model, write_task
 
@@ -95,38 +98,38 @@ def test_virtual_devices_have_threads(monkeypatch):
     assert threads_environment() == {}
 
 
-@pytest.mark.slow
-def test_two_processes_write_one_report(config, alone, tmp_path):
-    """The command as a scheduler starts it, over loopback."""
+def job(experiment, *arguments, processes=2, devices=4):
+    """Run a command as a scheduler starts it, over loopback: what each process prints."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.lora_glue", "--task", "sst2"]
-    command += ["--data", str(config.data), "--model", config.model, "--batch", "8"]
-    command += ["--max-steps", "6", "--lr", "0.01", "--no-dropout", "--no-baseline"]
-    command += ["--out", str(tmp_path / "out")]
-    processes = []
-    for i in range(2):
+    command = [sys.executable, "-m", f"experiments.{experiment}", *map(str, arguments)]
+    running = []
+    for i in range(processes):
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": "2",
+            "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(i),
         }
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    told = [p.communicate(timeout=240)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], "\n".join(told)
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipe))
+    told = [p.communicate(timeout=240)[0] for p in running]
+    return told, [p.returncode for p in running]
+
+
+def arguments_of(config, out):
+    return ["--task", "sst2", "--data", config.data, "--model", config.model, "--batch",
+            config.batch, "--max-steps", 6, "--lr", 0.01, "--no-dropout", "--no-baseline",
+            "--save-every", 2, "--out", out]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_report(config, alone, tmp_path):
+    told, codes = job("lora_glue", *arguments_of(config, tmp_path / "out"))
+    assert codes == [0, 0], "\n".join(told)
     assert "written to" in told[0]
     assert "written to" not in told[1]
     result = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -134,3 +137,55 @@ def test_two_processes_write_one_report(config, alone, tmp_path):
     lines = (tmp_path / "out" / "seed0" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(x)["step"] for x in lines] == [*range(1, 7), 6]
     assert (tmp_path / "out" / "seed0" / "adapter.safetensors").is_file()
+    one = main(config, Console(quiet=True))["seeds"][0]
+    assert result["seeds"][0]["validation"] == pytest.approx(one["validation"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_one_processs_run_goes_on_in_two(config, tmp_path):
+    """From eight devices to four, with what each process makes of a batch another one."""
+    out = tmp_path / "out"
+    begun = dataclasses.replace(config, out=out, save_every=2, mesh="all")
+    want = losses(begun)
+    (out / "result.json").unlink()
+    (out / "seed0" / "result.json").unlink()
+    shutil.rmtree(out / "seed0" / "checkpoint" / "6")
+    told, codes = job("lora_glue", *arguments_of(config, out), "--mesh", "all", "--resume")
+    assert codes == [0, 0], "\n".join(told)
+    got = json.loads((out / "result.json").read_text())["seeds"][0]["losses"]
+    assert got[:4] == want[:4]
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", [False, True])
+def test_two_processes_tune_a_language_model_as_one(tmp_path, pack):
+    options = {"batch": 8, "max_steps": 3, "generate": 2, "new_tokens": 4, "held_out": 20}
+    want = finetune(FinetuneConfig(pack=pack, **options), Console(quiet=True))
+    flags = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", v)]
+    flags += ["--pack" if pack else "--no-pack", "--out", tmp_path / "out"]
+    told, codes = job("finetune", *flags)
+    assert codes == [0, 0], "\n".join(told)
+    got = json.loads((tmp_path / "out" / "result.json").read_text())
+    np.testing.assert_allclose(got["losses"], want["losses"], atol=1e-5)
+    assert got["held_out"] == pytest.approx(want["held_out"], rel=1e-5)
+    assert got["answers"] == want["answers"]
+
+
+@pytest.mark.slow
+def test_two_processes_extend_a_llama_as_one(tmp_path):
+    options = {"steps": 2, "batch": 4, "rows": 2, "rounds": 1}
+    want = longlora(LongConfig(variants=("lora",), **options), Console(quiet=True))["rows"]
+    flags = [x for k, v in options.items() for x in (f"--{k}", v)]
+    told, codes = job("longlora", "--variants", "lora", *flags, "--out", tmp_path / "out")
+    assert codes == [0, 0], "\n".join(told)
+    got = json.loads((tmp_path / "out" / "result.json").read_text())["rows"]
+    np.testing.assert_allclose(got["lora"]["losses"], want["lora"]["losses"], atol=1e-5)
+    assert got["lora"]["perplexity"] == pytest.approx(want["lora"]["perplexity"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_rows_that_processes_cannot_share_are_told(tmp_path):
+    told, codes = job("finetune", "--batch", 6, "--max-steps", 1)
+    assert codes == [2, 2]
+    assert all("has 6 rows, which 4 devices cannot share evenly: change" in t for t in told)

@@ -177,6 +177,19 @@ def test_two_and_four_processes_train_as_one(undisturbed, tmp_path):
         np.testing.assert_allclose(list(got.values()), list(want.values()), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options", [("--shuffled",), ("--mesh", "fsdp=2,tensor=4"), ("--mesh", "fsdp=4,tensor=2")]
+)
+def test_rows_are_of_a_processs_own_devices(undisturbed, tmp_path, options):
+    """Not in order, or made by several where `tensor` splits layers over them."""
+    with Job(tmp_path, 4, steps=8, options=options) as job:
+        job.finish()
+    want = undisturbed[1][0]
+    np.testing.assert_allclose(
+        list(losses(tmp_path).values()), [want[i] for i in range(1, 9)], atol=1e-5
+    )
+
+
 def test_killed_ten_times_it_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
     """Each time one of two processes gets SIGKILL, at a random moment after a few steps."""
     rng = random.Random(0)

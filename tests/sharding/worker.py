@@ -23,7 +23,7 @@ from sharding import (
     make_step,
     stop_on_signals,
 )
-from sharding.cluster import is_main
+from sharding.cluster import global_batch, is_main, process_rows
 
 WIDTH, ROWS = 32, 16
 
@@ -46,12 +46,20 @@ def main():
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--every", type=int, default=20, help="steps between two saves")
     parser.add_argument("--stage", type=int, default=3)
+    parser.add_argument("--mesh", help="its shape; all devices on fsdp without")
+    parser.add_argument("--shuffled", action="store_true", help="devices in no order of processes")
     parser.add_argument("--large", type=int, default=0, help="MiB of more state: saves take longer")
     args = parser.parse_args()
     jax.config.update("jax_compilation_cache_dir", str(args.folder.parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     initialise()
-    zero = Zero(make_mesh(), args.stage, smallest=1)
+    mesh = make_mesh(args.mesh)
+    if args.shuffled:
+        devices = np.random.default_rng(1).permutation(mesh.devices.ravel())
+        mesh = jax.sharding.Mesh(devices.reshape(mesh.devices.shape), mesh.axis_names)
+    zero = Zero(mesh, args.stage, smallest=1)
+    where = zero.batch(batch_of(0))
+    own = process_rows(ROWS, where["x"])
     rng = np.random.default_rng(0)
     start = {n: rng.normal(size=(WIDTH, WIDTH)).astype(np.float32) / 6 for n in ("up", "down")}
     if args.large:
@@ -67,7 +75,9 @@ def main():
             (state, key), about = saved.restore((state, key))
             done = about["step"]
         while done < args.steps:
-            state, metrics = step(state, frozen, batch_of(done), jax.random.fold_in(key, done))
+            batch = {k: x[own] for k, x in batch_of(done).items()}
+            batch = global_batch(batch, where, ROWS)
+            state, metrics = step(state, frozen, batch, jax.random.fold_in(key, done))
             done += 1
             if is_main():
                 with (args.folder / "losses.jsonl").open("a") as f:
