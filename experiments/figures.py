@@ -273,7 +273,7 @@ def qlora() -> str:
     rows = [
         [
             name,
-            f"{100 * row['mean']:.2f} ± {100 * row['std']:.2f}",
+            f"{100 * row['mean']:.2f}" + (f" ± {100 * row['std']:.2f}" if seeds > 1 else ""),
             f"{row['base_mib']:.1f}",
             f"{row['memory_mib']:.0f}",
             f"{row['step_ms']:.0f}",
@@ -281,8 +281,9 @@ def qlora() -> str:
         for name, row in r["rows"].items()
     ]
     header = ["linear layers in", "accuracy", "MiB frozen", "MiB a step", "ms a step"]
-    about = f"SST-2, MiniLM, LoRA of rank {r['config']['rank']} on every linear layer, {seeds} seeds"
-    return f"{markdown(header, rows)}\n\n{about}; {source(r)}."
+    rank, of = r["config"]["rank"], f"{seeds} seed{'s' if seeds > 1 else ''}"
+    about = f"SST-2, MiniLM, LoRA of rank {rank} on every linear layer, {of}; {source(r)}."
+    return f"{markdown(header, rows)}\n\n{about}"
 
 
 def account() -> str:

@@ -16,12 +16,31 @@ import optax
 from jax.extend import core as jex
 
 from sharding._program import bind, named_like, traced
+from sharding.layerwise import by_layers, flat
 
 HOST = "pinned_host"
 
 
 class Offloaded(optax.GradientTransformationExtraArgs):
     """What `offloaded` gives: `update` also takes `finite`, False for a step that is skipped."""
+
+    inner: optax.GradientTransformation
+    smallest: int
+
+    def apply(
+        self, grads: Any, state: Any, params: Any, finite: Any, stacked: str
+    ) -> tuple[Any, Any]:
+        """The new parameters and state: a layer at a time where that can be (`by_layers`).
+
+        **Arguments:** `stacked`, a pattern of paths whose first axis is the layers'.
+        """
+        moved = {p: x.size >= self.smallest for p, x in flat(state).items()}
+        made = by_layers(self.inner, grads, state, params, finite, moved, stacked)
+        if made is not None:
+            return made
+        updates, state = self.update(grads, state, params, finite=finite)
+        new = optax.apply_updates(params, updates)
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, params), state
 
 
 def offloaded(
@@ -96,7 +115,9 @@ def offloaded(
         new, updates = jax.tree.unflatten(out, results)
         return updates, new
 
-    return Offloaded(init, update)
+    made = Offloaded(init, update)
+    made.inner, made.smallest = optimiser, smallest
+    return made
 
 
 class _Stage(NamedTuple):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sharding.cluster import everywhere
 from sharding.gather import Placed, gathered
 from sharding.offload import HOST, Offloaded, on_host
-from sharding.zero import Axes, Zero
+from sharding.zero import STACKED, Axes, Zero
 
 # `loss(trainable, frozen, batch, key)`: the mean, or the sum and the number that it is over.
 Loss = Callable[[Any, Any, Any, Any], Any]
@@ -162,14 +162,15 @@ class Step:
 
         given = grads, state.optimiser, state.trainable
         if isinstance(self.optimiser, Offloaded):  # what is on the host is kept before it is there
-            updates, optimiser = self.optimiser.update(*given, finite=finite)
+            stacked = STACKED if self.zero is None else self.zero.stacked
+            trainable, optimiser = self.optimiser.apply(*given, finite, stacked)
         else:
             updates, optimiser = self.optimiser.update(*given)
             optimiser = kept(optimiser, state.optimiser)
-        trainable = optax.apply_updates(state.trainable, updates)
+            trainable = kept(optax.apply_updates(state.trainable, updates), state.trainable)
         state = State(
             state.step + 1,
-            kept(trainable, state.trainable),
+            trainable,
             optimiser,
             state.skipped + jnp.where(finite, 0, 1),
         )

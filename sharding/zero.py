@@ -25,6 +25,8 @@ RULES: Mapping[str, str | None] = {
     "vocab": "tensor",
 }
 BATCH = ("data", "fsdp")
+# Paths of parameters whose first axis is the layers'.
+STACKED = r"(^|/)(layers?|blocks?)/(?!\d)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Zero:
     stage: int = 3
     rules: Mapping[str, str | None] = dataclasses.field(default_factory=lambda: RULES)
     smallest: int = 2**14
-    stacked: str = r"(^|/)(layers?|blocks?)/(?!\d)"
+    stacked: str = STACKED
 
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):

@@ -120,9 +120,10 @@ def plan(options: Any, mesh: Mesh) -> Planned:
     schedule = Schedule(recipe.rate, 1000, weight_decay=recipe.decay, name=options.optimiser)
     step = make_step(
         loss_of(apply),
-        scale.optimiser(schedule.optimiser(), 0),
+        scale.optimiser(schedule.optimiser(not options.offload), 0),
         zero=zero,
         axes=axes,
+        clip=schedule.clip if options.offload else None,
         accumulate=options.accumulate,
     )
     return Planned(

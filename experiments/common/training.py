@@ -41,8 +41,8 @@ class Schedule:
         if self.ratio is not None and self.name != "adamw":
             raise ValueError(f"--lora-plus is of AdamW: leave out --optimiser {self.name}")
 
-    def optimiser(self) -> optax.GradientTransformation:
-        """The optax chain."""
+    def optimiser(self, clip: bool = True) -> optax.GradientTransformation:
+        """The optax chain; without `clip`, for a step that clips."""
         warm = max(1, round(self.steps * self.warmup))
         decay = max(1, self.steps - warm)
         rate = optax.join_schedules(
@@ -58,7 +58,7 @@ class Schedule:
             adam = optax.adamw(rate, weight_decay=self.weight_decay)
         else:
             adam = jpeft.lora_plus(rate, ratio=self.ratio, weight_decay=self.weight_decay)
-        return optax.chain(optax.clip_by_global_norm(self.clip), adam)
+        return optax.chain(optax.clip_by_global_norm(self.clip), adam) if clip else adam
 
 
 def loss_of(
@@ -126,12 +126,15 @@ class Trainer:
         put("_base", base)
         put("frozen", arrays)
         put("params", base.params(arrays))
-        optimiser = self.scale.optimiser(self.schedule.optimiser(), self.seed)
+        # A norm over all gradients would keep an update from being made layer by layer.
+        clip = self.schedule.clip if self.scale.offload else None
+        optimiser = self.scale.optimiser(self.schedule.optimiser(clip is None), self.seed)
         step = make_step(
             self._loss,
             optimiser,
             zero=zero,
             axes=axes,
+            clip=clip,
             accumulate=self.scale.accumulate,
             dtype=self.scale.kept,
             compiler_options=options,
