@@ -266,26 +266,6 @@ def precision() -> str:
     return f"{markdown(header, rows)}\n\n{about}"
 
 
-def qlora() -> str:
-    """`qlora` on SST-2."""
-    r = read("qlora", "sst2")
-    seeds = r["config"]["seeds"]
-    rows = [
-        [
-            name,
-            f"{100 * row['mean']:.2f}" + (f" ± {100 * row['std']:.2f}" if seeds > 1 else ""),
-            f"{row['base_mib']:.1f}",
-            f"{row['memory_mib']:.0f}",
-            f"{row['step_ms']:.0f}",
-        ]
-        for name, row in r["rows"].items()
-    ]
-    header = ["linear layers in", "accuracy", "MiB frozen", "MiB a step", "ms a step"]
-    rank, of = r["config"]["rank"], f"{seeds} seed{'s' if seeds > 1 else ''}"
-    about = f"SST-2, MiniLM, LoRA of rank {rank} on every linear layer, {of}; {source(r)}."
-    return f"{markdown(header, rows)}\n\n{about}"
-
-
 def account() -> str:
     """`qlora --report-65b`: the memory of large models' steps on one device."""
     r = read("qlora", "65b")
@@ -322,7 +302,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation": generation,
     "longlora": longlora,
     "finetune": finetune,
-    "qlora": qlora,
     "account": account,
 }
 

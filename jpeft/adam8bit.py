@@ -27,7 +27,7 @@ class Adam8bitState(NamedTuple):
     magnitude of every block, None for small parameters.
     """
 
-    count: Int[Array, ""] | Any
+    count: Int[Array, ""] | Any  # type: ignore[assignment]
     mu: Any
     nu: Any
     mu_scales: Any
@@ -91,7 +91,7 @@ def scale_by_adam8bit(
     def update(grads: Any, state: Adam8bitState, params: Any = None) -> tuple[Any, Adam8bitState]:
         del params
         count = optax.safe_increment(state.count)
-        steps = count.astype(jnp.float32)
+        steps = jnp.asarray(count, jnp.float32)
         correction = 1 - b1**steps, 1 - b2**steps
 
         def moved(g: Any, m: Any, v: Any) -> tuple[Any, Any, Any]:

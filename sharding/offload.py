@@ -115,7 +115,7 @@ def offloaded(
         new, updates = jax.tree.unflatten(out, results)
         return updates, new
 
-    made = Offloaded(init, update)
+    made = Offloaded(init, update)  # type: ignore[arg-type]
     made.inner, made.smallest = optimiser, smallest
     return made
 

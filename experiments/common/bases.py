@@ -22,14 +22,22 @@ def refuse(quantize: Quantised | None, method: Method) -> None:
 
 
 def in_format(params: Any, linear: str, quantize: Quantised | None, uses: Any) -> Any:
-    """Parameters with the weights of linear layers in a format; None leaves them.
+    """Parameters with the weights of linear layers in a format; None leaves them, and so does a
+    model whose weights were quantised while they were read.
 
     **Arguments:** `linear`, the pattern of the weights.
     """
-    if quantize is None:
+    if quantize is None or _quantised(params):
         return params
     if quantize == "bf16":
         import jax.numpy as jnp
 
         return jpeft.cast(params, jnp.bfloat16, keep=rf"^(?!.*({linear}))")
     return jpeft.Quantize(linear, quantize)(params, uses=uses)
+
+
+def _quantised(params: Any) -> bool:
+    import jax
+
+    leaves = jax.tree.leaves(params, is_leaf=jpeft.is_leaf)
+    return any(isinstance(x, jpeft.Quantized) for x in leaves)

@@ -14,6 +14,7 @@ from rich.console import Console
 import jpeft
 from experiments.common.methods import Method, Recipe, Sizes
 from experiments.common.models import ModelError, fetch_model
+from experiments.common.numbers import Quantised
 from experiments.common.texts import (
     BYTES,
     Codec,
@@ -163,12 +164,14 @@ def load(
     dtype: Any,
     remat: Any,
     key: PRNGKeyArray,
+    quantize: Quantised | None = None,
 ) -> Loaded:
     """A model by its name.
 
     **Arguments:** `name`, a Hugging Face directory, a name on the hub, a llama2.c file (with its
     `vocabulary`), or `tiny`: a small Llama over bytes, made here and knowing nothing; `remat`, as
-    the models take it.
+    the models take it; `quantize`, what the linear layers of a directory
+    are quantised to while they are read, so that the dense model is never held.
 
     **Raises:** `ModelError`, `CheckpointError`.
     """
@@ -187,6 +190,12 @@ def load(
         model = load_llama2c(path, dtype=dtype)
         return Loaded(model, llama2c_codec(vocabulary, model.config.vocab_size), LLAMA, None)
     directory = fetch_model(name, console)
-    model, _ = load_model(directory, dtype=dtype, param_dtype=jnp.float32, remat=remat, key=key)
-    family = read_kind(directory)[0].family
+    kind, _ = read_kind(directory)
+    options: dict[str, Any] = {"dtype": dtype, "param_dtype": jnp.float32, "remat": remat}
+    if quantize in ("nf4", "fp4", "int8"):
+        # What is not quantised is frozen too: in the type that is computed in.
+        options["param_dtype"] = dtype
+        options["quantize"] = jpeft.Quantize(LAYOUTS[kind.model].linear, quantize)
+    model, _ = load_model(directory, key=key, **options)
+    family = kind.family
     return Loaded(model, hugging_face_codec(directory), family, directory)
