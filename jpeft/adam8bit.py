@@ -166,7 +166,7 @@ class Layout:
             raise ValueError(f"blocks and shards are 1 or more: {self}")
 
     def of(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """The axis, its equal parts, and the numbers of a block, of which a part's last has less."""
+        """The axis, its equal parts, and the numbers of a block; a part's last has less."""
         axis = max(range(len(shape)), key=lambda i: (shape[i], i))
         n = shape[axis]
         parts = self.shards if n % self.shards == 0 and n >= 32 * self.shards else 1

@@ -1,4 +1,4 @@
-"""`python -m jpeft`: look into checkpoints and adapters, merge, convert and generate."""
+"""`python -m jpeft`: look into checkpoints and adapters, merge, convert, quantise and generate."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from rich.table import Table
 from jpeft._disk import CheckpointError, open_tensors
 
 Type = Literal["float32", "bfloat16", "float16"]
+Format = Literal["nf4", "fp4", "int8"]
+LINEAR = r"/(layers?|h|block)/.*kernel$"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,30 @@ class Convert:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantize:
+    """Write a model with weights in fewer bits, as a directory that jpeft.hf loads."""
+
+    model: pathlib.Path
+    """The model's directory."""
+    out: pathlib.Path
+    """The new directory."""
+    format: Format = "nf4"
+    """NF4, FP4 or int8."""
+    block: int = 64
+    """How many weights share a scale, in 4 bits."""
+    double: bool = True
+    """Keep the scales of 4 bits in 8 bits."""
+    targets: tuple[str, ...] = (LINEAR,)
+    """Regular expressions on parameter paths; by default every linear layer but the head."""
+    dtype: Type = "bfloat16"
+    """The type of all other weights, and of those that the quantised ones stand for."""
+    error: bool = False
+    """Read the model a second time, and print how far each weight is off."""
+    overwrite: bool = False
+    """Replace a model that stands in --out."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Generate:
     """Continue a prompt, printing each piece of text as it comes."""
 
@@ -86,6 +112,7 @@ Command = (
     Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Quantize, tyro.conf.subcommand("quantize")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
 )
 
@@ -97,6 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         Inspect: inspect,
         Merge: merge,
         Convert: convert,
+        Quantize: quantize,
         Generate: generate,
     }
     try:
@@ -130,6 +158,10 @@ def inspect(config: Inspect, console: Console) -> None:
     else:
         about = read_config(path)
         console.print(f"model_type {about.get('model_type')}", highlight=False)
+        quantised = about.get("quantization_config")
+        if isinstance(quantised, dict):
+            shown = {k: v for k, v in quantised.items() if not isinstance(v, list)}
+            console.print(f"quantised: {json.dumps(shown)}; numbers as stored", highlight=False)
         files = Tensors(path).files
     console.print(_tensor_table(files))
 
@@ -207,6 +239,40 @@ def convert(config: Convert, console: Console) -> None:
         about["config"] = opened.model.config
         save_adapter(config.out, transform, state, params, opened.family, uses=uses, **about)
     console.print(f"written to {config.out}", highlight=False)
+
+
+def quantize(config: Quantize, console: Console) -> None:
+    """Quantise while reading, and write."""
+    import jax
+
+    import jpeft
+    from jpeft.hf import save_quantized
+    from jpeft.hf.files import read_config
+    from jpeft.hf.models import copy_tokenizer, open_model
+    from jpeft.paths import flatten
+
+    if (config.out / "config.json").exists() and not config.overwrite:
+        raise ValueError(f"{config.out} holds a model: pass --overwrite, or another --out")
+    how = jpeft.Quantize(config.targets, config.format, config.block, config.double)
+    opened = open_model(config.model, config.dtype, how)
+    _, params = jpeft.functional(opened.model)
+    labels: dict[str, str] = read_config(config.model).get("id2label") or {}
+    names = {int(i): n for i, n in labels.items()} or None
+    save_quantized(opened.model, config.out, params, id2label=names)
+    copy_tokenizer(config.model, config.out)
+    if config.error:
+        dense = jpeft.functional(open_model(config.model, config.dtype).model).params
+        table = Table("weight", "mean error / rms", "mean relative error", "bits")
+        for path, e in jpeft.quantization_error(dense, params).items():
+            table.add_row(path, f"{e.absolute:.4f}", f"{e.relative:.4f}", f"{e.bits:.3f}")
+        console.print(table)
+    wide = sum(x.size * x.dtype.itemsize for x in flatten(params).values())
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    console.print(
+        f"{wide / 2**20:,.1f} MiB in {config.dtype}, {size / 2**20:,.1f} MiB now; written to "
+        f"{config.out}",
+        highlight=False,
+    )
 
 
 def generate(config: Generate, console: Console) -> None:

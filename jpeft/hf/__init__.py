@@ -9,5 +9,6 @@ from jpeft.hf.files import CheckpointError as CheckpointError
 from jpeft.hf.loralib import load_loralib as load_loralib
 from jpeft.hf.models import load_model as load_model
 from jpeft.hf.models import save_model as save_model
+from jpeft.hf.models import save_quantized as save_quantized
 from jpeft.hf.names import Family as Family
 from jpeft.hf.params import LoadReport as LoadReport

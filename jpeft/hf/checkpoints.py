@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PRNGKeyArray
@@ -16,8 +15,11 @@ from jpeft.functional import functional
 from jpeft.hf.files import CheckpointError, read_config, write
 from jpeft.hf.names import Family
 from jpeft.hf.params import LoadReport, lazy_tensors, load_params
+from jpeft.hf.quantized_files import without_quantization
 from jpeft.models.bert import Bert, BertConfig, BertForSequenceClassification, Pooling
 from jpeft.models.layers import Remat
+from jpeft.paths import flatten
+from jpeft.quantize import Quantize
 
 # Buffers, and pre-training's heads.
 _UNREAD = r"position_ids$|token_type_ids$|^cls\.|^lm_head\.|^qa_outputs\."
@@ -51,11 +53,12 @@ def load_sequence_classifier(
     unroll: int = 1,
     attention_rows: int | None = None,
     pooling: Pooling = "cls",
+    quantize: Quantize | None = None,
 ) -> tuple[BertForSequenceClassification, LoadReport]:
     """A BERT or RoBERTa with a head, from a Hugging Face directory.
 
-    **Arguments:** `key` initialises what the checkpoint has not (a head, a pooler); the others as
-    `BertForSequenceClassification`'s.
+    **Arguments:** `key` initialises what the checkpoint has not (a head, a pooler); `quantize`, as
+    `load_model`'s; the others as `BertForSequenceClassification`'s.
 
     **Raises:** `CheckpointError` with every missing, unexpected and misshapen tensor.
     """
@@ -75,7 +78,7 @@ def load_sequence_classifier(
             pooling=pooling,
         )
 
-    return load_module(directory, build, key, bert_family(config.model_type))
+    return load_module(directory, build, key, bert_family(config.model_type), quantize=quantize)
 
 
 def load_bert(
@@ -88,6 +91,7 @@ def load_bert(
     unroll: int = 1,
     attention_rows: int | None = None,
     pooler: bool = True,
+    quantize: Quantize | None = None,
 ) -> tuple[Bert, LoadReport]:
     """The encoder alone; arguments and errors as `load_sequence_classifier`'s."""
     directory = pathlib.Path(directory)
@@ -105,7 +109,8 @@ def load_bert(
             pooler=pooler,
         )
 
-    return load_module(directory, build, key, bert_family(config.model_type, head=False))
+    family = bert_family(config.model_type, head=False)
+    return load_module(directory, build, key, family, quantize=quantize)
 
 
 def save_sequence_classifier(
@@ -122,11 +127,20 @@ def save_sequence_classifier(
     **Raises:** `ValueError` for a model that Hugging Face has no name for (`pooling="mean"`);
     `OSError` when it cannot be written, and then nothing is.
     """
+    if params is None:
+        params = functional(model).params
+    config = classifier_config(model, params, id2label)
+    family = bert_family(model.config.model_type)
+    write(pathlib.Path(directory), config, lazy_tensors(params, family))
+
+
+def classifier_config(
+    model: BertForSequenceClassification, params: Any, id2label: Mapping[int, str] | None
+) -> dict[str, Any]:
+    """A classifier's `config.json`. **Raises:** `ValueError`, as `save_sequence_classifier`."""
     if model.pooling != "cls":
         raise ValueError("transformers' classifier reads the first token: save with pooling='cls'")
     c = model.config
-    if params is None:
-        params = functional(model).params
     names = id2label or {i: f"LABEL_{i}" for i in range(model.num_labels)}
     head = "ForSequenceClassification"
     config = {
@@ -134,16 +148,16 @@ def save_sequence_classifier(
         "architectures": [("Roberta" if c.model_type == "roberta" else "Bert") + head],
         "id2label": {str(i): n for i, n in names.items()},
         "label2id": {n: i for i, n in names.items()},
-        "torch_dtype": str(jax.tree.leaves(params)[0].dtype),
+        "torch_dtype": str(next(iter(flatten(params).values())).dtype),
     }
     if c.model_type == "roberta":
         config |= {"bos_token_id": 0, "eos_token_id": 2}
-    write(pathlib.Path(directory), config, lazy_tensors(params, bert_family(c.model_type)))
+    return config
 
 
 def read_bert_config(directory: pathlib.Path) -> BertConfig:
     """The shape of a BERT or RoBERTa. **Raises:** `CheckpointError` for another architecture."""
-    raw = read_config(directory)
+    raw = without_quantization(directory, read_config(directory))
     kind = raw.get("model_type")
     if kind not in ("bert", "roberta"):
         raise CheckpointError(
@@ -161,6 +175,7 @@ def load_module(
     key: PRNGKeyArray,
     family: Family,
     sharding: Any = None,
+    quantize: Quantize | None = None,
 ) -> Any:
     """An NNX module that `build(rngs)` makes, with a directory's tensors, and the report.
 
@@ -173,6 +188,7 @@ def load_module(
         family,
         fresh=lambda: functional(build(nnx.Rngs(key))).params,
         sharding=sharding,
+        quantize=quantize,
     )
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state), report

@@ -162,7 +162,7 @@ def _shards(tensors: Mapping[str, Lazy], most: int) -> list[list[str]]:
 
 
 def _save(tensors: Mapping[str, Lazy], path: pathlib.Path) -> None:
-    arrays = {name: np.ascontiguousarray(t.read()) for name, t in tensors.items()}
+    arrays = {name: np.asarray(t.read(), order="C") for name, t in tensors.items()}
     save_file(arrays, path, metadata={"format": "pt"})
 
 

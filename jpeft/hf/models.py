@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,19 +16,24 @@ from jaxtyping import PRNGKeyArray
 from jpeft.functional import functional
 from jpeft.hf.checkpoints import (
     bert_family,
+    classifier_config,
     load_module,
     load_sequence_classifier,
     save_sequence_classifier,
 )
 from jpeft.hf.files import CheckpointError, read_config, read_json, write
-from jpeft.hf.names import Family
+from jpeft.hf.names import Family, places
 from jpeft.hf.params import LoadReport, lazy_tensors
+from jpeft.hf.quantized_files import describe, lazy_leaves, without_quantization
 from jpeft.models import t5
+from jpeft.models.bert import BertForSequenceClassification
 from jpeft.models.gpt2 import Gpt2
 from jpeft.models.gpt2_config import Gpt2Config
 from jpeft.models.llama import Llama
 from jpeft.models.llama_config import LlamaConfig
 from jpeft.models.t5_config import T5Config
+from jpeft.paths import flatten
+from jpeft.quantize import Quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +89,24 @@ def load_model(
     unroll: int = 1,
     sharding: Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding] | None = None,
     key: PRNGKeyArray | None = None,
+    quantize: Quantize | None = None,
 ) -> tuple[Any, LoadReport]:
     """The language model in a directory, by its `config.json`'s `model_type`.
 
+    A directory of `save_quantized`, or one with 4-bit weights of bitsandbytes, gives a model with
+    those weights as `jpeft.Quantized` leaves; so does `quantize`. Such a model is run through
+    `jpeft.functional` and `jpeft.lift`, not called itself.
+
     **Arguments:** `dtype`, what it computes in; `param_dtype`, what its parameters are cast to
     while they are read, `dtype` where left out; `sharding`, each parameter's from its path and
-    shape; `key`, for what the file lacks and may lack.
+    shape; `key`, for what the file lacks and may lack; `quantize`, which weights are quantised
+    while they are read, and how: neither host nor devices ever hold the dense model. A quantised
+    weight's `sharding` is the dense one's.
 
     **Raises:** `CheckpointError` for an unknown `model_type` or option, and with every missing,
-    unexpected, misshapen and mistyped tensor.
+    unexpected, misshapen and mistyped tensor; `TargetError` for a pattern of `quantize` that
+    matches nothing, or no kernel; `ValueError` for a sharding that cuts a quantised weight within
+    its blocks, or puts its layers on different devices.
     """
     directory = pathlib.Path(directory)
     kind, config = read_kind(directory)
@@ -104,12 +118,12 @@ def load_model(
         )
 
     key = jax.random.key(0) if key is None else key
-    return load_module(directory, build, key, kind.family, sharding)
+    return load_module(directory, build, key, kind.family, sharding, quantize)
 
 
 def read_kind(directory: pathlib.Path) -> tuple[Kind, Any]:
     """A directory's entry of `KINDS`, and its configuration. **Raises:** `CheckpointError`."""
-    raw = read_config(directory)
+    raw = without_quantization(directory, read_config(directory))
     name = raw.get("model_type")
     if name not in KINDS:
         raise CheckpointError(
@@ -129,7 +143,8 @@ def save_model(
     *,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """A directory that transformers loads: `config.json` and safetensors.
+    """A directory that transformers loads: `config.json` and safetensors. Quantised weights are
+    written as the dense ones that they stand for.
 
     **Arguments:** `params`, ordinary parameters to write in place of the model's own, such as
     merged ones; `shard_bytes`, the most that one file holds.
@@ -139,8 +154,39 @@ def save_model(
     params = functional(model).params if params is None else params
     config = model.config.to_hf()
     family = KINDS[config["model_type"]].family
-    config["dtype"] = str(jax.tree.leaves(params)[0].dtype)
+    config["dtype"] = str(next(iter(flatten(params).values())).dtype)
     write(pathlib.Path(directory), config, lazy_tensors(params, family), shard_bytes)
+
+
+def save_quantized(
+    model: Any,
+    directory: str | pathlib.Path,
+    params: Any = None,
+    *,
+    id2label: Mapping[int, str] | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """A directory with quantised weights as they are, in our own layout: `load_model` (for a
+    classifier `load_sequence_classifier`) gives them back bit for bit.
+
+    **Arguments:** `params`, parameters to write in place of the model's own; `id2label`, a
+    classifier's labels; `shard_bytes`, the most that one file holds.
+
+    **Raises:** `ValueError` for parameters without quantised weights, with weights in several
+    formats, or with other rewritten leaves; `OSError` when it cannot be written, and then nothing
+    is.
+    """
+    params = functional(model).params if params is None else params
+    about = describe(params)
+    if isinstance(model, BertForSequenceClassification):
+        config = classifier_config(model, params, id2label)
+        family = bert_family(model.config.model_type)
+    else:
+        config = model.config.to_hf()
+        family = KINDS[config["model_type"]].family
+        config["dtype"] = str(next(iter(flatten(params).values())).dtype)
+    tensors = lazy_leaves(params, places(family, flatten(params)))
+    write(pathlib.Path(directory), config | {"quantization_config": about}, tensors, shard_bytes)
 
 
 class Opened(NamedTuple):
@@ -153,19 +199,22 @@ class Opened(NamedTuple):
     save: Callable[[pathlib.Path, Any], None]
 
 
-def open_model(directory: str | pathlib.Path, dtype: Any = jnp.float32) -> Opened:
+def open_model(
+    directory: str | pathlib.Path, dtype: Any = jnp.float32, quantize: Quantize | None = None
+) -> Opened:
     """A language model as `load_model`'s, or a BERT or RoBERTa with a classifier for the labels
-    that its `config.json` names. **Raises:** `CheckpointError`.
+    that its `config.json` names. **Raises:** as `load_model`.
     """
     directory = pathlib.Path(directory)
     raw = read_config(directory)
     kind = raw.get("model_type")
     if kind not in ("bert", "roberta"):
-        model, _ = load_model(directory, dtype=dtype)
+        model, _ = load_model(directory, dtype=dtype, quantize=quantize)
         return Opened(model, read_kind(directory)[0].family, lambda to, p: save_model(model, to, p))
     labels: dict[Any, Any] = raw.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
     names = {int(i): str(n) for i, n in labels.items()}
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "key": jax.random.key(0)}
+    options["quantize"] = quantize
     classifier, _ = load_sequence_classifier(directory, len(names), **options)
     return Opened(
         classifier,

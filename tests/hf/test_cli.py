@@ -198,3 +198,31 @@ def test_it_is_a_module():
     assert done.returncode == 0
     for name in ("inspect", "merge", "convert", "generate"):
         assert name in done.stdout
+
+
+def test_quantize(base, adapter, tmp_path, capsys):
+    out = tmp_path / "four"
+    command = ["quantize", "--model", str(base), "--out", str(out), "--block", "8", "--error"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "MiB in bfloat16" in said
+    assert "down_proj" in said
+    assert (out / "tokenizer.json").exists()
+    model, _ = load_model(out, dtype="bfloat16")
+    leaves = jax.tree.leaves(jpeft.functional(model).params, is_leaf=jpeft.is_leaf)
+    assert sum(isinstance(x, jpeft.Quantized) for x in leaves) == 7
+    assert main(["inspect", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert '"format": "nf4"' in said
+    assert main(command) == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--targets", "nothing"]) == 2
+    assert "matches no parameter" in capsys.readouterr().err
+    merged = ["merge", "--model", str(out), "--adapter", str(adapter[0]), "--out"]
+    assert main([*merged, str(tmp_path / "dense"), "--dtype", "bfloat16"]) == 0
+    _, params = jpeft.functional(load_model(tmp_path / "dense", dtype="bfloat16")[0])
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
+    quantised = jpeft.functional(model).params["model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+    change = params["model"]["layers"]["self_attn"]["q_proj"]["kernel"] - quantised.materialise()
+    wanted = adapter[3]["model"]["layers"]["self_attn"]["q_proj"]["kernel"].delta()
+    np.testing.assert_allclose(change, wanted, atol=0.05 * float(jnp.abs(wanted).max()))
