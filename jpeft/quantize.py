@@ -37,10 +37,10 @@ class Quantize:
     - `format`: `nf4`, `fp4`, or `int8`: one scale for each output, codes from -127 to 127.
     - `block`: how many numbers share a scale, in 4 bits.
     - `double`: keep the scales of 4 bits in 8 bits (double quantisation).
-    - `outliers`: in `int8`, above 0 for LLM.int8(): activations are rounded to 8 bits too, but for
-      so many of their columns that have the largest magnitudes (of 6 or more).
     - `axes`: pattern to letters, one for each axis of the parameter (`i`, `o`, `b`), where neither
       its shape nor `uses` tells; `{r"query/kernel$": "ioo"}`.
+    - `outliers`: in `int8`, above 0 for LLM.int8(): activations are rounded to 8 bits too, but for
+      so many of their columns that have the largest magnitudes (of 6 or more).
 
     **Raises:** `ValueError` for a format that there is not, or an odd block.
 
@@ -51,15 +51,14 @@ class Quantize:
     format: Format = "nf4"
     block: int = 64
     double: bool = True
-    outliers: int = 0
     axes: Mapping[str, str] = dataclasses.field(default_factory=lambda: _NONE)
+    outliers: int = 0
 
     def __post_init__(self) -> None:
         if self.format not in ("nf4", "fp4", "int8"):
             raise ValueError(f"there are the formats nf4, fp4 and int8; got '{self.format}'")
         if self.block < 2 or self.block % 2:
             raise ValueError(f"a block has an even number of elements; got {self.block}")
-
         if self.outliers < 0 or (self.outliers and self.format != "int8"):
             raise ValueError(
                 f"outliers={self.outliers}: columns of activations that int8 leaves as they are, 0 "
