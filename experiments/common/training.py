@@ -42,7 +42,14 @@ class Schedule:
             raise ValueError(f"--lora-plus is of AdamW: leave out --optimiser {self.name}")
 
     def optimiser(self, clip: bool = True) -> optax.GradientTransformation:
-        """The optax chain; without `clip`, for a step that clips."""
+        """The optax chain; without `clip`, for a step that clips and keeps the state on the host.
+
+        **Raises:** `ValueError` for 8-bit moments there, which the TPU compiler cannot move.
+        """
+        if not clip and self.name == "adamw8bit":
+            raise ValueError(
+                "--offload cannot move 8-bit moments (--optimiser adamw8bit): use one of the two"
+            )
         warm = max(1, round(self.steps * self.warmup))
         decay = max(1, self.steps - warm)
         rate = optax.join_schedules(

@@ -55,6 +55,9 @@ def test_what_trains_the_weights_is_refused(places):
         config = lora_glue.Config(**options(places, quantize="nf4", method=method))
         with pytest.raises(ValueError, match="keeps the model's weights as they are"):
             lora_glue.main(config, QUIET)
+    both = lora_glue.Config(**options(places, optimiser="adamw8bit", offload=True))
+    with pytest.raises(ValueError, match="use one of the two"):
+        lora_glue.main(both, QUIET)
     with pytest.raises(ValueError, match="use --formats"):
         qlora.main(qlora.Config(**options(places, quantize="nf4")), QUIET)
 
