@@ -1,12 +1,16 @@
 """Settings that hold for every test: eight virtual CPU devices, no network, one thread a worker."""
 
+import importlib.metadata
 import os
 
-# Tests compile thousands of small programs once: the compiler is told to be quick about it.
+# Tests compile thousands of small programs once: the compiler is told to be quick about it. Its
+# older way to make kernels takes half the time; newer ones stop at that flag.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_use_fusion_emitters=false"
+    * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
 # Eight devices meet in a collective: with fewer threads they wait for one another for ever.
 os.environ.setdefault("NPROC", "16")
@@ -25,6 +29,21 @@ import pytest
 _PROGRAMS = tempfile.TemporaryDirectory(prefix="jpeft-tests-")
 jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--one-each`."""
+    parser.addoption("--one-each", action="store_true", help="each test with its first parameters")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--one-each` drop what differs from an earlier test in its parameters alone."""
+    if config.getoption("--one-each"):
+        first: dict[str, pytest.Item] = {}
+        for item in items:
+            first.setdefault(item.nodeid.split("[")[0], item)
+        config.hook.pytest_deselected(items=[i for i in items if i not in first.values()])
+        items[:] = first.values()
 
 
 _DONE = itertools.count(1)

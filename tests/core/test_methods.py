@@ -96,20 +96,20 @@ def inputs(method):
     return jpeft.virtual_tokens(batch, length=method.virtual, first=first)["input_ids"]
 
 
+def started(method, model):
+    """The state at the start; compiled in one piece, which is what takes time."""
+    return jax.jit(lambda key: method.transform.init(key, model.params, uses=model.uses))(
+        jax.random.key(0)
+    )
+
+
 def trained(method, model, scale=0.3, seed=9):
     """A state away from the start, as after training."""
-    state = method.transform.init(jax.random.key(0), model.params, uses=model.uses)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return tree.unflatten([x + scale * n for x, n in zip(leaves, noise, strict=True)])
-
-
-@functools.cache
-def runner(name, model):
-    """The rewritten model as a compiled function of state, parameters and input."""
-    transform, forward = METHODS[name].transform, jpeft.lift(model.apply)
-    return jax.jit(lambda s, p, x: forward(transform.rewrite(p, s), x))
+    noise = np.random.default_rng(seed).normal
+    return jax.tree.map(
+        lambda x: x + scale * noise(size=x.shape).astype(x.dtype),
+        started(method, model),
+    )
 
 
 # Variants of a transform that is tried on every model: these on scanned layers alone.
@@ -135,97 +135,6 @@ def check_close(a, b, tolerance=1e-5):
 each = pytest.mark.parametrize(("name", "model"), list(cases()))
 
 
-@each
-def test_starts_at_the_model_and_a_trained_state_moves_it(name, model):
-    method, model = METHODS[name], make(model)
-    ids, run = inputs(method), runner(name, model)
-    before = model.apply(model.params, zoo.IDS)
-    state = method.transform.init(jax.random.key(0), model.params, uses=model.uses)
-    start = run(state, model.params, ids)
-    if np.isfinite(method.start):
-        check_close(start, before, method.start)
-    moved = run(trained(method, model), model.params, ids)
-    assert bool(jnp.isfinite(moved).all())
-    assert float(jnp.abs(moved - start).max()) > 0.02
-
-
-@each
-def test_merged_equals_unmerged_or_is_refused(name, model):
-    method, model = METHODS[name], make(model)
-    state = trained(method, model)
-    rewritten = method.transform.rewrite(model.params, state)
-    if not method.merges:
-        with pytest.raises(jpeft.LeafError, match="acts where it is used"):
-            jpeft.merge(rewritten)
-        return
-    merged = jpeft.merge(rewritten)
-    assert jax.tree.structure(merged) == jax.tree.structure(model.params)
-    check_close(
-        runner(name, model)(state, model.params, zoo.IDS), model.apply(merged, zoo.IDS), 1e-4
-    )
-
-
-@each
-def test_its_own_arrays_get_gradients_and_only_they_move(name, model):
-    method, model = METHODS[name], make(model)
-    state, ids = trained(method, model), inputs(method)
-    forward = jpeft.lift(model.apply)
-
-    def loss(state, params, through=forward):
-        return jnp.sum(through(method.transform.rewrite(params, state), ids) ** 2)
-
-    grads = jax.jit(jax.grad(loss))(state, model.params)
-    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
-    if method.merges:
-        dense = jax.jit(
-            jax.grad(lambda s, p: loss(s, p, lambda q, x: model.apply(jpeft.merge(q), x)))
-        )
-        scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
-        check_close(
-            *(jax.tree.map(lambda g: g / scale, g) for g in (grads, dense(state, model.params))),
-            1e-4,
-        )
-    before = jax.tree.map(np.array, model.params)
-    optimiser = optax.adamw(1e-2)
-    updates, _ = optimiser.update(grads, optimiser.init(state), state)
-    new = optax.apply_updates(state, updates)
-    for old, now in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
-        assert not np.array_equal(old, now)
-        assert now.dtype == jnp.float32
-    for old, now in zip(jax.tree.leaves(before), jax.tree.leaves(model.params), strict=True):
-        np.testing.assert_array_equal(old, now)
-
-
-@each
-def test_saves_and_loads_bit_for_bit_with_its_transform(name, model, tmp_path):
-    method, model = METHODS[name], make(model)
-    state = trained(method, model)
-    path = tmp_path / "state.safetensors"
-    jpeft.save(path, state, method.transform)
-    transform, found = jpeft.restore(path, model.params, uses=model.uses)
-    assert transform == method.transform
-    assert jax.tree.structure(found) == jax.tree.structure(state)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-
-
-@each
-def test_bf16_model_with_fp32_state(name, model):
-    method, model = METHODS[name], make(model)
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
-    state = trained(method, model, 0.1)
-    run, ids = runner(name, model), inputs(method)
-    out = run(state, half, ids)
-    assert out.dtype == model.apply(half, zoo.IDS).dtype == jnp.bfloat16
-    full = run(state, model.params, ids)
-    assert float(jnp.abs(out.astype(jnp.float32) - full).max()) < 0.05 + 0.08 * float(
-        jnp.abs(full).max()
-    )
-    start = method.transform.init(jax.random.key(0), half, uses=model.uses)
-    assert {x.dtype for x in jax.tree.leaves(start)} == {jnp.dtype("float32")}
-
-
 def in_jit(apply):
     return jax.jit(apply)
 
@@ -249,74 +158,187 @@ def in_vmap(apply):
     return jax.vmap(lambda params, row: apply(params, row[None])[0], (None, 0))
 
 
-@each
-def test_inside_every_transformation(name, model):
+ALIKE = (in_jit, in_remat, in_vmap)
+TASKS = {"each": jnp.array([1, 0, 1]), "none": jnp.array([0, -1, 1])}
+
+
+def mapped(run, by_name):
+    """`run` of each, compiled once."""
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *by_name.values())
+    out = jax.lax.map(run, stacked)
+    return dict(zip(by_name, out, strict=True))
+
+
+@functools.cache
+def found(name, model):
+    """All that the tests of a method on a model look at, by one compiled program."""
     method, model = METHODS[name], make(model)
-    state, ids = trained(method, model), inputs(method)
-    plain = runner(name, model)(state, model.params, ids)
+    transform, forward, ids = method.transform, jpeft.lift(model.apply), inputs(method)
+    states = {"start": started(method, model), "moved": trained(method, model)}
+    states |= {str(seed): trained(method, model, seed=seed) for seed in (1, 2)}
+    states["fp32"] = jax.tree.map(lambda x: x / 3, states["moved"])
+
+    def loss(state, params, through=forward):
+        return jnp.sum(through(transform.rewrite(params, state), ids) ** 2)
+
+    def program(states, params, half):
+        def run(state, params=params):
+            return forward(transform.rewrite(params, state), ids)
+
+        def mixed(stacked, task):
+            return forward(transform.rewrite(params, stacked, task=task), ids)
+
+        moved, stacked = states["moved"], jpeft.stack([states["1"], states["2"]])
+        rewritten = transform.rewrite(params, moved)
+        out = {
+            "model": model.apply(params, zoo.IDS),
+            "model in bf16": model.apply(half, zoo.IDS),
+            "bf16": run(states["fp32"], half),
+            "sum": jpeft.lift(in_scan(model.apply))(rewritten, ids),
+            "alike": [jpeft.lift(f(model.apply))(rewritten, ids) for f in ALIKE],
+            "grads": jax.grad(loss)(moved, params),
+            "mixed": mapped(lambda task: mixed(stacked, task), TASKS),
+            "mixed grads": jax.grad(lambda s: mixed(s, jnp.array([1, 1, -1])).sum())(stacked),
+            **mapped(run, states),
+        }
+        if method.merges:
+            out["merged"] = model.apply(jpeft.merge(rewritten), zoo.IDS)
+            through = lambda q, x: model.apply(jpeft.merge(q), x)  # noqa: E731
+            out["dense grads"] = jax.grad(loss)(moved, params, through)
+        return out
+
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
+    return jax.tree.map(np.asarray, jax.jit(program)(states, model.params, half))
+
+
+@each
+def test_starts_at_the_model_and_a_trained_state_moves_it(name, model):
+    out = found(name, model)
+    if np.isfinite(METHODS[name].start):
+        check_close(out["start"], out["model"], METHODS[name].start)
+    assert np.isfinite(out["moved"]).all()
+    assert np.abs(out["moved"] - out["start"]).max() > 0.02
+
+
+@each
+def test_merged_equals_unmerged_or_is_refused(name, model):
+    method, out, model = METHODS[name], found(name, model), make(model)
+    rewritten = method.transform.rewrite(model.params, trained(method, model))
+    if not method.merges:
+        with pytest.raises(jpeft.LeafError, match="acts where it is used"):
+            jpeft.merge(rewritten)
+        return
+    merged = jax.eval_shape(jpeft.merge, rewritten)
+    assert jax.tree.structure(merged) == jax.tree.structure(model.params)
+    check_close(out["moved"], out["merged"], 1e-4)
+
+
+@each
+def test_its_own_arrays_get_gradients_and_only_they_move(name, model):
+    method, grads, dense = METHODS[name], *map(found(name, model).get, ("grads", "dense grads"))
+    model = make(model)
+    state = trained(method, model)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    if method.merges:
+        scale = max(np.abs(g).max() for g in jax.tree.leaves(grads))
+        check_close(*(jax.tree.map(lambda g: g / scale, g) for g in (grads, dense)), 1e-4)
+    before = jax.tree.map(np.array, model.params)
+    optimiser = optax.adamw(1e-2)
 
     @jax.jit
-    def inside(state, params, ids):
-        rewritten = method.transform.rewrite(params, state)
-        return [jpeft.lift(f(model.apply))(rewritten, ids) for f in (in_scan, *ALIKE)]
+    def step(grads, state):
+        updates, _ = optimiser.update(grads, optimiser.init(state), state)
+        return optax.apply_updates(state, updates)
 
-    total, *alike = inside(state, model.params, ids)
-    check_close(total, plain.sum(0)[None], 1e-4)
-    for out in alike:
-        check_close(out, plain, 1e-4)
+    new = step(grads, state)
+    for old, now in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
+        assert not np.array_equal(old, now)
+        assert now.dtype == jnp.float32
+    for old, now in zip(jax.tree.leaves(before), jax.tree.leaves(model.params), strict=True):
+        np.testing.assert_array_equal(old, now)
 
 
-ALIKE = (in_jit, in_remat, in_vmap)
+@each
+def test_saves_and_loads_bit_for_bit_with_its_transform(name, model, tmp_path):
+    method, model = METHODS[name], make(model)
+    state = trained(method, model)
+    path = tmp_path / "state.safetensors"
+    jpeft.save(path, state, method.transform)
+    transform, found = jpeft.restore(path, model.params, uses=model.uses)
+    assert transform == method.transform
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each
+def test_bf16_model_with_fp32_state(name, model):
+    method, out, model = METHODS[name], found(name, model), make(model)
+    half, full = out["bf16"], out["fp32"]
+    assert half.dtype == out["model in bf16"].dtype == jnp.bfloat16
+    assert np.abs(half.astype(np.float32) - full).max() < 0.05 + 0.08 * np.abs(full).max()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), model.params)
+    start = jax.eval_shape(
+        lambda key, params: method.transform.init(key, params, uses=model.uses),
+        jax.random.key(0),
+        shapes,
+    )
+    assert {x.dtype for x in jax.tree.leaves(start)} == {jnp.dtype("float32")}
+
+
+@each
+def test_inside_every_transformation(name, model):
+    out = found(name, model)
+    check_close(out["sum"], out["moved"].sum(0)[None], 1e-4)
+    for other in out["alike"]:
+        check_close(other, out["moved"], 1e-4)
+
+
+@pytest.mark.parametrize("name", [*(n for n in METHODS if n not in VARIANTS), "adapter over lora"])
 @pytest.mark.parametrize("model", ["scanned"])
 def test_outside_every_transformation(name, model):
-    method, model = METHODS[name], make(model)
+    method, plain, model = METHODS[name], found(name, model)["moved"], make(model)
     state, ids = trained(method, model), inputs(method)
     forward = jpeft.lift(model.apply)
 
     def run(state, ids):
         return forward(method.transform.rewrite(model.params, state), ids)
 
-    plain = runner(name, model)(state, model.params, ids)
     check_close(run(state, ids), plain, 1e-4)  # op by op
-    grad = jax.jit(jax.grad(lambda s: run(s, ids).sum()))(state)
-    again = jax.jit(jax.grad(lambda s: jax.checkpoint(run)(s, ids).sum()))(state)
+
+    @jax.jit
+    def inside(state, states, other, ids):
+        grad = jax.grad(lambda s: run(s, ids).sum())(state)
+        again = jax.grad(lambda s: jax.checkpoint(run)(s, ids).sum())(state)
+        # Many states at once, one example each.
+        two = jax.vmap(lambda s, row: run(s, row[None])[0])(states, ids[:2])
+        return grad, again, two, run(other, ids[1:2])[0]
+
+    other = jax.tree.map(lambda x: np.float32(1.5) * x, state)
+    states = jax.tree.map(lambda x, y: np.stack([x, y]), state, other)
+    grad, again, two, one = inside(state, states, other, ids)
     check_close(grad, again, 1e-3)
-    # Many states at once, one example each.
-    states = jax.tree.map(lambda x: jnp.stack([x, 1.5 * x]), state)
-    two = jax.jit(jax.vmap(lambda s, row: run(s, row[None])[0]))(states, ids[:2])
     check_close(two[0], plain[0], 1e-4)
-    other = jax.tree.map(lambda x: 1.5 * x, state)
-    check_close(two[1], run(other, ids[1:2])[0], 1e-4)
+    check_close(two[1], one, 1e-4)
 
 
 @each
 def test_many_tasks_in_one_batch(name, model):
-    method, model = METHODS[name], make(model)
-    states = [trained(method, model, 0.3, seed) for seed in (1, 2)]
-    task = jnp.array([1, 0, 1])
-    forward, ids = jpeft.lift(model.apply), inputs(method)
-
-    def run(stacked, task):
-        return forward(method.transform.rewrite(model.params, stacked, task=task), ids)
-
-    mixed = jax.jit(run)(jpeft.stack(states), task)
-    alone = [runner(name, model)(s, model.params, ids) for s in states]
-    assert float(jnp.abs(alone[0] - alone[1]).max()) > 0.02
-    check_close(mixed, jnp.stack([alone[t][i] for i, t in enumerate(task)]), 1e-4)
+    out, method = found(name, model), METHODS[name]
+    alone = [out["1"], out["2"]]
+    assert np.abs(alone[0] - alone[1]).max() > 0.01
+    expected = np.stack([alone[t][i] for i, t in enumerate(TASKS["each"])])
+    check_close(out["mixed"]["each"], expected, 1e-4)
     # Gradients reach the tasks that are in the batch.
-    grads = jax.jit(jax.grad(lambda s: run(s, jnp.array([1, 1, -1])).sum()))(jpeft.stack(states))
-    for g in jax.tree.leaves(grads):
+    for g in jax.tree.leaves(out["mixed grads"]):
         assert not g[0].any()
-        assert bool(g[1].any())
+        assert g[1].any()
     # The example of no task runs as the model does.
-    batch = {"input_ids": zoo.IDS, "attention_mask": jnp.ones_like(zoo.IDS)}
     if not method.virtual:
-        none = jax.jit(run)(jpeft.stack(states), jnp.array([0, -1, 1]))
-        check_close(none[1], model.apply(model.params, zoo.IDS)[1], 1e-5)
+        check_close(out["mixed"]["none"][1], out["model"][1], 1e-5)
     else:
-        room = jpeft.virtual_tokens(batch, length=2, task=jnp.array([0, -1, 1]))
+        batch = {"input_ids": zoo.IDS, "attention_mask": jnp.ones_like(zoo.IDS)}
+        room = jpeft.virtual_tokens(batch, length=2, task=TASKS["none"])
         np.testing.assert_array_equal(room["input_ids"][1, :5], zoo.IDS[1])
         np.testing.assert_array_equal(room["attention_mask"][1], [1, 1, 1, 1, 1, 0, 0])

@@ -1,6 +1,7 @@
 """The QLoRA experiment, quantised bases in the others, and the account of large models."""
 
 import dataclasses
+import importlib.util
 import json
 
 import jax
@@ -34,7 +35,8 @@ def test_every_base_is_compared(places, tmp_path):
     assert all(0 <= r["mean"] <= 1 and r["step_ms"] > 0 for r in rows.values())
     written = json.loads((tmp_path / "out" / "result.json").read_text())
     assert written["rows"]["nf4"]["base_mib"] == rows["nf4"]["base_mib"]
-    assert (tmp_path / "out" / "qlora.svg").exists()
+    if importlib.util.find_spec("matplotlib"):
+        assert "<svg" in (tmp_path / "out" / "qlora.svg").read_text()
     trained = {r["seeds"][0]["trained"] for r in written["runs"].values()}
     assert len(trained) == 1
 
