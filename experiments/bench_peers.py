@@ -1,152 +1,221 @@
-"""Training speed beside HF PEFT: the same weights, batches, method and machine, in one run.
+"""Training, evaluation, generation and memory beside HF PEFT: the same weights and batches.
 
 Each side runs in a process of its own, and is told to go in turn, A B A B: while one works the
 other sleeps. The ratio is taken within each pair of turns, so that a machine that slows down
 slows both. Before any timing the two must agree on the loss of the first batch.
+
+HF PEFT has no bottleneck adapters: the peer's row `adapter` is plain torch modules on the model of
+transformers. Its `qlora` is bitsandbytes' 4-bit layers. Memory on a CPU is what a step adds to the
+process after its imports, by processes of their own with the C library's allocator as it is; on a
+GPU the most that the allocator gave out, which for JAX counts loading too.
+
+Without arguments: the rows of `--preset cpu`, on a GPU of `--preset gpu`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
-import statistics
 import sys
 import tempfile
-from typing import Literal
+import time
+from typing import Annotated, Any, Literal
 
-import rich
 import tyro
-from rich.table import Table
+from rich.console import Console
 
-from experiments.common.peers import PeerError, Worker, write_model
+from experiments.common import peer_cases, peer_model, peer_shown
+from experiments.common.command import command, ready
+from experiments.common.peer_cases import DECODERS, Case, Generation, Method, Numbers, Preset
+from experiments.common.peer_measure import Options, Row, measure
+from experiments.common.peers import DisagreementError, PeerError, environment
 from experiments.common.report import describe_machine, versions, write_json
 
-SIDES = ("jpeft", "peft")
+# A preset of a GPU is done in ten minutes: no row is begun after this many.
+GPU_MINUTES = 8.0
+Choice = Literal["auto", "yes", "no"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to compare.
+    """What to compare; models, methods, precisions and shapes make rows of every combination."""
 
-    The defaults are MiniLM's shape, LoRA of rank 8 on query and value, fp32, without dropout.
-    """
-
-    model: str = "minilm"
-    """`minilm`, a directory with a BERT, a hub name, or `shape` for random weights of MiniLM's."""
-    method: Literal["lora", "full"] = "lora"
-    """What is trained: low-rank updates of query and value with the head, or everything."""
-    shapes: tuple[str, ...] = ("32x64", "32x128")
-    """Batch and length of each row, as BATCHxLENGTH."""
-    rank: int = 8
-    """LoRA's rank."""
+    models: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--model",))] = ()
+    """`minilm`, a directory, or random weights of a shape: `shape` (MiniLM's), `gpt2`, or a name of
+    experiments/common/named.py such as `llama-3.2-1b`. Encoders classify, decoders foretell."""
+    methods: Annotated[tuple[Method, ...], tyro.conf.arg(aliases=("--method",))] = ()
+    """What is trained: everything; LoRA of query and value, or of all linear layers of the blocks;
+    Houlsby's adapters; a prefix; LoRA on a base in 4 bits. Without it `lora`."""
+    precisions: Annotated[tuple[Numbers, ...], tyro.conf.arg(aliases=("--precision",))] = ()
+    """Of weights and computing; what a method adds is fp32. Without it `fp32`."""
+    shapes: tuple[str, ...] = ()
+    """Batch and length, as BATCHxLENGTH. Without it 32x64, for decoders 8x128."""
+    preset: Preset | None = None
+    """Rows that are chosen for a machine, where no model, method, precision or shape is given."""
+    generation: str | None = "8x64"
+    """Decoders generate so many rows of so many tokens, as ROWSxTOKENS; None for no generation."""
+    prompt: int = 32
+    """Tokens of the prompts that are generated from."""
     rounds: int = 7
     """Pairs of turns."""
     steps: int = 5
-    """Training steps a turn."""
+    """The most training steps a turn."""
+    turn_seconds: float = 4.0
+    """A turn of several steps takes no longer."""
     threads: int = 0
     """Threads of each side; 0 is all cores."""
+    remat: Choice = "auto"
+    """Both sides forget activations and compute them again: as the preset has it, yes, or no."""
+    compiled: Choice = "auto"
+    """Run the peer a second time under torch.compile: on a GPU alone, yes, or no."""
+    profile: bool = False
+    """Show where the time of this library's step goes."""
+    minutes: float | None = None
+    """Begin no row after so many minutes. Without it the preset of a GPU ends in ten."""
     out: pathlib.Path | None = None
-    """Folder for `result.json`."""
+    """Folder for `result.json`, written after every row, and the plot."""
+    overwrite: bool = False
+    """Throw away the result that --out holds."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One shape's measurement; speeds are medians over rounds, in tokens a second."""
+def cases(config: Config, device: str) -> list[Case]:
+    """The rows of a configuration.
 
-    shape: str
-    tokens_per_second: dict[str, float]
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    first_step_seconds: dict[str, float]
-    peak_rss_mib: dict[str, float]
-    first_loss: dict[str, float]
-    last_loss: dict[str, float]
+    **Arguments:** `device`, cpu or gpu.
 
-
-def measure(config: Config, directory: pathlib.Path, shape: str) -> Row:
-    """Both sides on one shape, in turn.
-
-    **Raises:** `PeerError` when the two disagree on the first loss by more than 1e-3.
+    **Raises:** `ValueError` for a preset with rows of one's own, or a shape that is none;
+    `ModelError` for an unknown model.
     """
-    batch, length = (int(n) for n in shape.split("x"))
-    job = {
-        "directory": str(directory),
-        "method": config.method,
-        "rank": config.rank,
-        "batch": batch,
-        "length": length,
-        "steps": config.steps,
-        "threads": config.threads,
-    }
-    with Worker("jpeft", job) as ours, Worker("peft", job) as theirs:
-        workers = dict(zip(SIDES, (ours, theirs), strict=True))
-        first = {side: w.ask("first") for side, w in workers.items()}
-        losses = {side: first[side]["loss"] for side in SIDES}
-        if abs(losses["jpeft"] - losses["peft"]) > 1e-3:
-            raise PeerError(f"the two sides do not compute the same thing: first losses {losses}")
-        speeds: dict[str, list[float]] = {side: [] for side in SIDES}
-        last: dict[str, float] = {}
-        for round_ in range(config.rounds + 1):
-            for side, worker in workers.items():
-                answer = worker.ask("steps")
-                last[side] = answer["loss"]
-                if round_:  # the first turn warms caches and allocators
-                    speeds[side].append(batch * length * config.steps / answer["seconds"])
-        memory = {side: w.ask("memory")["peak_rss_mib"] for side, w in workers.items()}
-    ratios = sorted(a / b for a, b in zip(speeds["jpeft"], speeds["peft"], strict=True))
-    return Row(
-        shape=shape,
-        tokens_per_second={side: statistics.median(v) for side, v in speeds.items()},
-        ratio=statistics.median(ratios),
-        ratio_low=ratios[0],
-        ratio_high=ratios[-1],
-        first_step_seconds={side: first[side]["seconds"] for side in SIDES},
-        peak_rss_mib=memory,
-        first_loss=losses,
-        last_loss=last,
-    )
-
-
-def table(rows: list[Row]) -> Table:
-    """The rows as a terminal table."""
-    out = Table(title="training speed, tokens/s (median), and the ratio within pairs of turns")
-    for name in ("batch x length", *SIDES, "ratio", "lowest", "highest", "peak MiB (RSS)"):
-        out.add_column(name, justify="right")
-    for r in rows:
-        out.add_row(
-            r.shape,
-            *(f"{r.tokens_per_second[s]:,.0f}" for s in SIDES),
-            f"{r.ratio:.2f}",
-            f"{r.ratio_low:.2f}",
-            f"{r.ratio_high:.2f}",
-            " / ".join(f"{r.peak_rss_mib[s]:,.0f}" for s in SIDES),
+    own = (config.models, config.methods, config.precisions, config.shapes)
+    if not any(own):
+        chosen: Preset = config.preset or ("gpu" if device == "gpu" else "cpu")
+        rows = peer_cases.preset(chosen)
+        if config.remat != "auto":
+            rows = [dataclasses.replace(r, remat=config.remat == "yes") for r in rows]
+        return rows
+    if config.preset is not None:
+        raise ValueError(
+            f"--preset {config.preset} has rows of its own: leave out --models, --methods, "
+            "--precisions and --shapes, or the preset"
         )
-    return out
-
-
-def main(config: Config) -> list[Row]:
-    """Run every shape, print the table and write `result.json`."""
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = write_model(config.model, pathlib.Path(scratch))
-        rows = [measure(config, directory, shape) for shape in config.shapes]
-    rich.print(table(rows))
-    if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
-        write_json(
-            config.out / "result.json",
-            {
-                "config": dataclasses.asdict(config),
-                "rows": [dataclasses.asdict(r) for r in rows],
-                "machine": describe_machine(),
-                "versions": versions("torch", "transformers", "peft"),
-            },
-        )
+    rows: list[Case] = []
+    for model in config.models or ("minilm",):
+        decoder = peer_cases.check_model(model) in DECODERS
+        shapes = config.shapes or (("8x128",) if decoder else ("32x64",))
+        methods, precisions = config.methods or ("lora",), config.precisions or ("fp32",)
+        rows += peer_cases.product([model], methods, precisions, shapes, config.remat == "yes")
     return rows
 
 
+def main(config: Config, console: Console | None = None) -> list[Row]:
+    """Run every row, print the tables, and write `result.json` and the plot.
+
+    **Raises:** `ValueError`, `ModelError`; `PeerError` at the end, where a row's sides disagree or
+    no row could be measured.
+    """
+    begun, console = time.perf_counter(), console or Console()
+    # The sides share the card, with this process too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if min(config.rounds, config.steps, config.prompt) < 1:
+        raise ValueError("--rounds, --steps and --prompt are at least 1")
+    machine = describe_machine()
+    device = "gpu" if machine["platform"] in ("gpu", "cuda") else "cpu"
+    planned = cases(config, device)
+    kinds = {c.model: peer_cases.check_model(c.model) for c in planned}
+    generation = None
+    if config.generation is not None:
+        generation = Generation(*peer_cases.pair("--generation", config.generation), config.prompt)
+    for case in planned:
+        peer_cases.check(case, kinds, generation)
+    ready(config.out, config.overwrite)
+    limit = config.minutes
+    if limit is None and planned == peer_cases.preset("gpu"):
+        limit = GPU_MINUTES
+    compiled = config.compiled == "yes" or (config.compiled == "auto" and device == "gpu")
+    options = Options(
+        config.rounds,
+        config.steps,
+        config.turn_seconds,
+        config.threads,
+        compiled,
+        config.profile,
+        device,
+        generation,
+    )
+    result: dict[str, Any] = {
+        "config": dataclasses.asdict(config) | {"out": None},
+        "finished": False,
+        "rows": [],
+        "left_out": [],
+        "machine": machine,
+        "versions": versions("torch", "transformers", "peft", "bitsandbytes"),
+    }
+    load = result["load_before"] = os.getloadavg()[0]
+    if load > 0.5:
+        console.print(
+            f"the machine is at work already (load {load:.1f}): threads that wait for one another "
+            "lose by it, and the sides not alike, so that ratios hold for this load alone"
+        )
+    rows: list[Row] = []
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for case in planned:
+            left = ""
+            if limit is not None and time.perf_counter() - begun > 60 * limit:
+                left = f"not begun, as {limit:g} minutes were over"
+            else:
+                of = options if kinds[case.model] in DECODERS else without_generation(options)
+                try:
+                    rows.append(_row(case, of, pathlib.Path(scratch), console))
+                except PeerError as e:
+                    left = str(e)
+                    if isinstance(e, DisagreementError):
+                        wrong.append(f"{case.name}: {e}")
+            if left:
+                console.print(f"{case.name} is left out: {left}", highlight=False)
+                result["left_out"].append(dataclasses.asdict(case) | {"reason": left})
+            result["rows"] = [dataclasses.asdict(r) for r in rows]
+            _save(config.out, result)
+    result |= {"finished": True, "seconds": time.perf_counter() - begun}
+    _save(config.out, result)
+    for shown in peer_shown.tables(rows):
+        console.print(shown)
+    if rows:
+        peer_shown.draw(config.out, rows, peer_shown.source_of(result), console)
+    if wrong or not rows:
+        raise PeerError("; ".join(wrong) or "no row could be measured, for the reasons above")
+    return rows
+
+
+def _row(case: Case, options: Options, scratch: pathlib.Path, console: Console) -> Row:
+    """Write the model where it is not there yet, and measure."""
+    name = pathlib.Path(case.model).resolve().as_posix().replace("/", "_")
+    folder = scratch / f"{name}-{case.precision}"
+    with console.status(case.name) as status:
+
+        def tell(what: str) -> None:
+            status.update(f"{case.name}: {what}")
+
+        if not folder.exists():
+            tell("the model is written")
+            about = environment(options.device, 0, tuned=True)
+            peer_model.write(case.model, case.precision, folder, about)
+        row = measure(case, options, folder, tell)
+    note = f" ({row.note})" if row.note else ""
+    console.print(f"{case.name}: {row.ratio:.2f} times as fast{note}", highlight=False)
+    return row
+
+
+def without_generation(options: Options) -> Options:
+    """Those of an encoder."""
+    return dataclasses.replace(options, generation=None)
+
+
+def _save(out: pathlib.Path | None, result: dict[str, Any]) -> None:
+    if out is not None:
+        write_json(out / "result.json", result)
+
+
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except PeerError as e:
-        sys.exit(f"bench_peers: {e}")
+    sys.exit(command("bench_peers", Config, main, __doc__))

@@ -1,7 +1,13 @@
 """The two sides of a speed comparison, each in a process of its own.
 
-`python -m experiments.common.peers SIDE JOB` reads commands from its standard input, one a line
-(`first`, `steps`, `memory`), and answers each with one line of JSON.
+`python -m experiments.common.peers SIDE JOB` reads commands from its standard input, one a line,
+and answers each with one line of JSON; a failure is `{"error": "..."}`, and ends it:
+
+- `start`: import, load and make one step; seconds of each, and the first loss;
+- `steps N`, `evals N`: so many training steps, forward passes; seconds and the last loss;
+- `generate`: seconds and new tokens;
+- `memory`: MiB at the peak of a step;
+- `profile`, `rate`: this library's side alone, where a step's time goes, and the device's rate.
 """
 
 from __future__ import annotations
@@ -9,43 +15,67 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pathlib
-import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, Self
-
-import numpy as np
+import traceback
+from typing import Any, Protocol, Self
 
 from experiments.common.runtime import malloc_environment
 
 Job = dict[str, Any]
-Step = Callable[[], float]
+OURS, EAGER, COMPILED = "jpeft", "peft", "peft_compiled"
+# What a user can do something about: told without a traceback.
+_TOLD = (ImportError, OSError, ValueError, RuntimeError)
 
 
-class PeerError(RuntimeError):
-    """A side that could not run, or that does not compute what the other does."""
+class PeerError(ValueError):
+    """A side that could not run."""
+
+
+class DisagreementError(PeerError):
+    """Sides that do not compute the same thing."""
+
+
+class Side(Protocol):
+    """What both sides can do; a step, an evaluation and a generation end when it is done."""
+
+    def load(self) -> None:
+        """Read the model and put the method on it."""
+        ...
+
+    def step(self) -> float:
+        """Train once; the loss before."""
+        ...
+
+    def evaluate(self) -> float:
+        """The loss, without gradients."""
+        ...
+
+    def generate(self) -> int:
+        """Generate; how many tokens are new."""
+        ...
+
+    def memory(self, base: float) -> dict[str, float | None]:
+        """The peak of a step, above `base` MiB."""
+        ...
 
 
 class Worker:
-    """One side, started and waiting; `ask` sends it a command and waits for the answer."""
+    """One side, started and waiting; `ask` sends it a command and waits for the answer.
 
-    def __init__(self, side: str, job: Job) -> None:
-        threads = job["threads"] or os.cpu_count() or 1
+    **Arguments:** `tuned`, with an allocator that keeps freed memory: faster on a CPU for both
+    sides, but its peak is not the program's.
+    """
+
+    def __init__(self, side: str, job: Job, tuned: bool = True) -> None:
         self.side = side
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, side, json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={
-                **os.environ,
-                **malloc_environment(),  # both sides gain by it
-                "OMP_NUM_THREADS": str(threads),
-                "HF_HUB_OFFLINE": "1",
-            },
+            env=environment(job["device"], job["threads"], tuned),
         )
 
     def __enter__(self) -> Self:
@@ -54,9 +84,13 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
         self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
 
-    def ask(self, command: str) -> dict[str, float]:
-        """The answer to `command`. **Raises:** `PeerError` when the process has ended."""
+    def ask(self, command: str) -> dict[str, Any]:
+        """The answer to `command`. **Raises:** `PeerError` for an error, or where it has ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # told below, with the exit status
@@ -64,152 +98,116 @@ class Worker:
             self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise PeerError(
-                f"the {self.side} side ended with status {self.process.wait()}; its own message is "
-                "above (the peer needs the 'interop' extra: torch, transformers, peft)"
-            )
-        return json.loads(line)
+            status = self.process.wait()
+            raise PeerError(f"the {self.side} side ended with status {status} at '{command}'")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise PeerError(f"the {self.side} side at '{command}': {answer['error']}")
+        return answer
 
 
-def write_model(name: str, scratch: pathlib.Path) -> pathlib.Path:
-    """A directory with a sequence classifier that both sides load, head included."""
-    import jax
-    from flax import nnx
+def environment(device: str, threads: int, tuned: bool) -> dict[str, str]:
+    """What a side's process is started with.
 
-    from experiments.common.models import fetch_model
-    from jpeft.hf import load_sequence_classifier, save_sequence_classifier
-    from jpeft.models.bert import BertConfig, BertForSequenceClassification
-
-    out = scratch / "model"
-    if name == "shape":
-        config = BertConfig(
-            vocab_size=30522,
-            hidden_size=384,
-            num_hidden_layers=6,
-            num_attention_heads=12,
-            intermediate_size=1536,
-        )
-        model = BertForSequenceClassification(config, num_labels=2, rngs=nnx.Rngs(0))
+    **Arguments:** `device`, cpu or gpu; `threads`, 0 for all cores; `tuned`, see `Worker`.
+    """
+    own = dict(os.environ)
+    if tuned:
+        own |= malloc_environment()
     else:
-        model, _ = load_sequence_classifier(fetch_model(name), num_labels=2, key=jax.random.key(0))
-    save_sequence_classifier(model, out)
-    return out
-
-
-def batch(job: Job, vocabulary: int) -> dict[str, np.ndarray]:
-    """The one batch that both sides train on: random tokens without padding, random labels."""
-    rng = np.random.default_rng(0)
-    shape = (job["batch"], job["length"])
-    return {
-        "input_ids": rng.integers(1000, vocabulary, shape).astype(np.int32),
-        "attention_mask": np.ones(shape, np.int32),
-        "token_type_ids": np.zeros(shape, np.int32),
-        "labels": rng.integers(0, 2, job["batch"]).astype(np.int32),
+        own.pop("GLIBC_TUNABLES", None)
+    own |= {
+        "OMP_NUM_THREADS": str(threads or os.cpu_count() or 1),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        # The sides share a card.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
+    if threads:
+        own["NPROC"] = str(threads)
+    if device == "cpu":
+        own |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return own
 
 
-def ours(job: Job) -> Step:
-    """A jitted step of this library on the job's batch; each call returns the loss."""
-    import jax
-    import jax.numpy as jnp
-    import optax
+def made(side: str, job: Job) -> Side:
+    """A side, its libraries imported and its device there."""
+    if side == OURS:
+        from experiments.common.peer_ours import Ours
 
-    import jpeft
-    from experiments.common.models import cpu_layout
-    from experiments.common.training import compiler_options
-    from jpeft.hf import load_sequence_classifier
+        return Ours(job)
+    from experiments.common.peer_theirs import Theirs
 
-    model, _ = load_sequence_classifier(
-        pathlib.Path(job["directory"]), num_labels=2, key=jax.random.key(0), **cpu_layout()
-    )
-    apply, params = jpeft.functional(model)
-    b = batch(job, model.config.vocab_size)
-    inputs = [jnp.asarray(b[k]) for k in ("input_ids", "attention_mask", "token_type_ids")]
-    labels = jnp.asarray(b["labels"])
-    if job["method"] == "lora":
-        transform = jpeft.chain(
-            jpeft.LoRA(rank=job["rank"], alpha=16, targets=r"(query|value)/kernel$"),
-            jpeft.Train(r"^classifier/"),
-        )
-    else:
-        transform = jpeft.Train(r".*")
-    uses = jpeft.uses(apply, params, *inputs)
-    state = transform.init(jax.random.key(0), params, uses=uses)
-    optimiser = optax.adamw(1e-4)
-    forward = jpeft.lift(apply)
-
-    def step(params: Any, state: Any, moments: Any, inputs: Any, labels: Any) -> Any:
-        def loss(state: Any) -> Any:
-            logits = forward(transform.rewrite(params, state), *inputs)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        value, grads = jax.value_and_grad(loss)(state)
-        updates, moments = optimiser.update(grads, moments, state)
-        return optax.apply_updates(state, updates), moments, value
-
-    compiled = jax.jit(step, donate_argnums=(1, 2), compiler_options=compiler_options())
-    held = [state, optimiser.init(state)]
-
-    def run() -> float:
-        held[0], held[1], value = compiled(params, *held, inputs, labels)
-        return float(value)
-
-    return run
+    return Theirs(job | {"compiled": side == COMPILED})
 
 
-def theirs(job: Job) -> Step:
-    """The same step by torch, transformers and peft, eager."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForSequenceClassification
+class Served:
+    """What answers commands."""
 
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        job["directory"],
-        num_labels=2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        classifier_dropout=0.0,
-    )
-    vocabulary = model.config.vocab_size
-    if job["method"] == "lora":
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                task_type="SEQ_CLS",
-                r=job["rank"],
-                lora_alpha=16,
-                lora_dropout=0.0,
-                target_modules=["query", "value"],
-            ),
-        )
-    model.train()
-    inputs = {k: torch.tensor(v.astype(np.int64)) for k, v in batch(job, vocabulary).items()}
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    def __init__(self, side: str, job: Job) -> None:
+        self.name, self.job = side, job
+        self.side: Any = None
+        self.base = 0.0
 
-    def run() -> float:
-        loss = model(**inputs).loss
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        return loss.item()
+    def answer(self, command: str) -> dict[str, Any]:
+        """The answer to one command."""
+        word, *numbers = command.split()
+        if word == "start":
+            return self._start()
+        start = time.perf_counter()
+        if word in ("steps", "evals"):
+            run, loss = self.side.step if word == "steps" else self.side.evaluate, 0.0
+            for _ in range(int(numbers[0])):
+                loss = run()
+            return {"seconds": time.perf_counter() - start, "loss": loss}
+        if word == "generate":
+            tokens = self.side.generate()
+            return {"seconds": time.perf_counter() - start, "tokens": tokens}
+        if word == "memory":
+            return self.side.memory(self.base)
+        if word == "profile":
+            return {"ms": self.side.profile()}
+        if word == "rate":
+            from experiments.common.peer_ours import matrix_rate
 
-    return run
+            return {"flops_per_second": matrix_rate()}
+        raise ValueError(f"there is no command '{command}'")
+
+    def _start(self) -> dict[str, Any]:
+        from experiments.common.peer_memory import resident_mib
+
+        times = [time.perf_counter()]
+        self.side = made(self.name, self.job)
+        times.append(time.perf_counter())
+        self.base = resident_mib()
+        self.side.load()
+        times.append(time.perf_counter())
+        loss = self.side.step()
+        times.append(time.perf_counter())
+        names = ("import", "load", "first_step")
+        spent = {n: b - a for n, a, b in zip(names, times, times[1:], strict=False)}
+        return {"loss": loss, "start": spent}
 
 
 def serve(side: str, job: Job) -> None:
-    """Answer commands until the input ends."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries' own prints must not be answers
-    run = {"jpeft": ours, "peft": theirs}[side](job)
+    """Answer commands until the input ends, or one fails."""
+    # What libraries print, in Python or below it, must not be taken for answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    served = Served(side, job)
     for line in sys.stdin:
-        command, start = line.strip(), time.perf_counter()
-        if command == "memory":
-            answer = {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-        else:
-            for _ in range(1 if command == "first" else job["steps"]):
-                loss = run()
-            answer = {"seconds": time.perf_counter() - start, "loss": loss}
+        try:
+            answer = served.answer(line.strip())
+        except Exception as e:
+            if not isinstance(e, _TOLD):
+                traceback.print_exc()
+            first = str(e).strip().splitlines() or [""]
+            answer = {"error": f"{type(e).__name__}: {first[0]}"}
         print(json.dumps(answer), file=answers, flush=True)
+        if "error" in answer:
+            return
 
 
 if __name__ == "__main__":

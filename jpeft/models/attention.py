@@ -38,11 +38,7 @@ def attention(
     # Finite, so that a row without any kept position has a softmax.
     bias = jnp.where(keep_bs[:, None, None, :], 0.0, -1e9)
     if rows is not None and (key is None or rate == 0):
-        pieces: list[Any] = [
-            _piece(*(x[i : i + rows] for x in (query_btd, key_bsd, value_bsd, bias)), heads=heads)
-            for i in range(0, query_btd.shape[0], rows)
-        ]
-        return jnp.concatenate(pieces)
+        return _pieces(query_btd, key_bsd, value_bsd, bias, heads=heads, rows=rows)
     query, keys, value = (_split(x, heads) for x in (query_btd, key_bsd, value_bsd))
     scores = jnp.einsum("bhqd,bhkd->bhqk", query * query.shape[-1] ** -0.5, keys)
     weights = jax.nn.softmax(scores.astype(jnp.float32) + bias, axis=-1).astype(value.dtype)
@@ -57,17 +53,28 @@ def _join(x: Float[Array, "b h t w"]) -> Float[Array, "b t d"]:
     return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnames=("heads",))
-def _piece(query: Any, key: Any, value: Any, bias: Any, heads: int) -> Any:
-    return _forward(query, key, value, bias, heads)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnames=("heads", "rows"))
+def _pieces(query: Any, key: Any, value: Any, bias: Any, heads: int, rows: int) -> Any:
+    return _forward(query, key, value, bias, heads, rows)[0]
 
 
-def _forward(query: Any, key: Any, value: Any, bias: Any, heads: int) -> Any:
+def _forward(query: Any, key: Any, value: Any, bias: Any, heads: int, rows: int) -> Any:
+    given = query, key, value, bias
+    # The gradient is one rule for all pieces: that of each slice would be padded to the whole.
+    out = jnp.concatenate([_attended(*cut, heads=heads) for cut in _cuts(given, rows)])
+    return out, (*given, out)
+
+
+def _cuts(arrays: tuple[Any, ...], rows: int) -> list[tuple[Any, ...]]:
+    """Every array's rows, so many at a time."""
+    return [tuple(x[i : i + rows] for x in arrays) for i in range(0, arrays[0].shape[0], rows)]
+
+
+def _attended(query: Any, key: Any, value: Any, bias: Any, heads: int) -> Any:
     q, k, v = _split(query, heads), _split(key, heads), _split(value, heads)
     powers, total = _softmax(q, k, bias)
     out = jnp.einsum("bhqk,bhkd->bhqd", powers.astype(v.dtype), v).astype(jnp.float32) / total
-    out = _join(out.astype(query.dtype))
-    return out, (query, key, value, bias, out)
+    return _join(out.astype(query.dtype))
 
 
 def _softmax(q: Any, k: Any, bias: Any) -> tuple[Any, Any]:
@@ -78,9 +85,16 @@ def _softmax(q: Any, k: Any, bias: Any) -> tuple[Any, Any]:
     return powers, jnp.sum(powers, axis=-1, keepdims=True)
 
 
-def _backward(heads: int, saved: Any, g_out: Any) -> Any:
+def _backward(heads: int, rows: int, saved: Any, g_out: Any) -> Any:
     """The gradient, with scores computed again; Dao et al. 2022, appendix B.2."""
-    query, key, value, bias, out = saved
+    pieces = [_pulled_back(*cut, heads=heads) for cut in _cuts((*saved, g_out), rows)]
+    query, key, value = (jnp.concatenate(x) for x in zip(*pieces, strict=True))
+    return query, key, value, jnp.zeros_like(saved[3])
+
+
+def _pulled_back(
+    query: Any, key: Any, value: Any, bias: Any, out: Any, g_out: Any, heads: int
+) -> tuple[Any, Any, Any]:
     q, k, v = _split(query, heads), _split(key, heads), _split(value, heads)
     g, o = (_split(x, heads).astype(jnp.float32) for x in (g_out, out))
     powers, total = _softmax(q, k, bias)
@@ -93,12 +107,7 @@ def _backward(heads: int, saved: Any, g_out: Any) -> Any:
     scale = q.shape[-1] ** -0.5
     g_query = jnp.einsum("bhqk,bhkd->bhqd", g_scores, k) * scale
     g_key = jnp.einsum("bhdq,bhqk->bhdk", q.swapaxes(2, 3) * scale, g_scores)
-    return (
-        _join(g_query),
-        _join(g_key.swapaxes(2, 3)),
-        _join(g_value.swapaxes(2, 3)),
-        jnp.zeros_like(bias),
-    )
+    return _join(g_query), _join(g_key.swapaxes(2, 3)), _join(g_value.swapaxes(2, 3))
 
 
-_piece.defvjp(_forward, _backward)
+_pieces.defvjp(_forward, _backward)

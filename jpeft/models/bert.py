@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jpeft.models.attention import attention
 from jpeft.models.bert_config import BertConfig as BertConfig
 from jpeft.models.layers import ACTIVATIONS, Remat, dropout, rematerialised
+from jpeft.models.norms import LayerNorm
 
 Pooling = Literal["cls", "mean"]
 # The logical axes of every parameter, by a pattern of its path.
@@ -64,14 +65,9 @@ class _Parts:
             rngs=self.rngs,
         )
 
-    def norm(self) -> nnx.LayerNorm:
-        return nnx.LayerNorm(
-            self.config.hidden_size,
-            epsilon=self.config.layer_norm_eps,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=self.rngs,
-        )
+    def norm(self) -> LayerNorm:
+        c = self.config
+        return LayerNorm(c.hidden_size, c.layer_norm_eps, self.dtype, self.param_dtype)
 
     def embed(self, rows: int) -> nnx.Embed:
         return nnx.Embed(

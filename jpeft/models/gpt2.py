@@ -21,6 +21,7 @@ from jpeft.models.causal import Implementation, causal_attention, may_read
 from jpeft.models.gpt2_config import Gpt2Config as Gpt2Config
 from jpeft.models.layers import ACTIVATIONS, Remat, dropout, last_tokens, rematerialised
 from jpeft.models.loss import next_token_loss
+from jpeft.models.norms import LayerNorm
 
 # The logical axes of every parameter, by a pattern of its path. The heads of `c_attn` are those of
 # query, key and value, one after the other.
@@ -68,16 +69,9 @@ class _Parts:
             rngs=self.rngs,
         )
 
-    def norm(self) -> nnx.LayerNorm:
-        return nnx.LayerNorm(
-            self.config.n_embd,
-            epsilon=self.config.layer_norm_epsilon,
-            # A few coordinates of GPT-2's are in the thousands: E[x^2] - E[x]^2 would lose digits.
-            use_fast_variance=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=self.rngs,
-        )
+    def norm(self) -> LayerNorm:
+        c = self.config
+        return LayerNorm(c.n_embd, c.layer_norm_epsilon, self.dtype, self.param_dtype)
 
     def embed(self, rows: int) -> nnx.Embed:
         return nnx.Embed(

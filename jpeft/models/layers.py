@@ -14,19 +14,58 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 Remat = bool | Callable[..., Any]
 
 
-def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
-    """`x Phi(x)` with the exact error function, as BERT has it."""
-    # jax.nn.gelu goes through erfc, which costs more on a CPU and agrees to the last few bits.
-    return 0.5 * x * (1 + jax.lax.erf(x * (1 / math.sqrt(2))))
+def _pointwise(both: Callable[[Array], tuple[Array, Array]]) -> Callable[[Array], Array]:
+    """A function of each number, from one that gives its value and its derivative.
 
+    The forward pass works out the derivative too, while what it needs is at hand, and the backward
+    pass keeps that one array.
+    """
+
+    @jax.custom_jvp
+    def value(x: Array) -> Array:
+        return both(x)[0]
+
+    @value.defjvp
+    def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+        y, slope = both(*primals)
+        return y, slope * tangents[0]
+
+    return value
+
+
+def _gelu(x: Array) -> tuple[Array, Array]:
+    # jax.nn.gelu goes through erfc, which costs more on a CPU and agrees to the last few bits.
+    below = 0.5 * (1 + jax.lax.erf(x * (1 / math.sqrt(2))))
+    return x * below, below + x * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+
+
+def _gelu_tanh(x: Array) -> tuple[Array, Array]:
+    c = math.sqrt(2 / math.pi)
+    curve = jnp.tanh(c * (x + 0.044715 * x * x * x))
+    slope = 0.5 * x * (1 - curve * curve) * c * (1 + 3 * 0.044715 * x * x)
+    below = 0.5 * (1 + curve)
+    return x * below, below + slope
+
+
+def _silu(x: Array) -> tuple[Array, Array]:
+    gate = jax.nn.sigmoid(x)
+    return x * gate, gate + x * gate * (1 - gate)
+
+
+gelu = _pointwise(_gelu)
+"""`x Phi(x)` with the exact error function, as BERT has it (Hendrycks and Gimpel 2016)."""
+gelu_tanh = _pointwise(_gelu_tanh)
+"""The same with the curve that GPT-2 has in place of the error function."""
+silu = _pointwise(_silu)
+"""`x sigmoid(x)`."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
-    "gelu_new": jax.nn.gelu,
-    "gelu_pytorch_tanh": jax.nn.gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
+    "silu": silu,
+    "swish": silu,
     "tanh": jnp.tanh,
 }
 

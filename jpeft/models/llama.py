@@ -21,6 +21,7 @@ from jpeft.models.layers import ACTIVATIONS, Remat, last_tokens, rematerialised
 from jpeft.models.llama_config import FULL, SLIDING
 from jpeft.models.llama_config import LlamaConfig as LlamaConfig
 from jpeft.models.loss import next_token_loss
+from jpeft.models.norms import RMSNorm
 from jpeft.models.rope import rotate, rotation
 from jpeft.models.shifted import shifted_attention
 
@@ -71,7 +72,9 @@ class _Parts:
         )
 
     def norm(self, width: int | None = None) -> RMSNorm:
-        return RMSNorm(self, self.config.hidden_size if width is None else width)
+        c = self.config
+        width = c.hidden_size if width is None else width
+        return RMSNorm(width, c.rms_norm_eps, self.dtype, self.param_dtype, c.gemma)
 
     def embed(self) -> nnx.Embed:
         return nnx.Embed(
@@ -82,23 +85,6 @@ class _Parts:
             param_dtype=self.param_dtype,
             rngs=self.rngs,
         )
-
-
-class RMSNorm(nnx.Module):
-    """`x / rms(x) * scale` (Zhang and Sennrich 2019), in fp32; Gemma's has `1 + scale`."""
-
-    def __init__(self, parts: _Parts, width: int) -> None:
-        self.eps, self.dtype = parts.config.rms_norm_eps, parts.dtype
-        self.around_one = parts.config.gemma
-        fill = jnp.zeros if self.around_one else jnp.ones
-        self.scale = nnx.Param(fill((width,), parts.param_dtype))
-
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """`x`, normalised along its last axis."""
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        scale = self.scale[...].astype(jnp.float32)
-        return (x * (1 + scale if self.around_one else scale)).astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

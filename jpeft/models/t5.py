@@ -22,6 +22,7 @@ from jpeft.models.cache import Cache, positions_of
 from jpeft.models.causal import causal_attention, may_read
 from jpeft.models.layers import ACTIVATIONS, Remat, dropout, last_tokens, rematerialised
 from jpeft.models.loss import next_token_loss
+from jpeft.models.norms import RMSNorm
 from jpeft.models.t5_config import T5Config as T5Config
 
 # The logical axes of every parameter, by a pattern of its path.
@@ -59,14 +60,9 @@ class _Parts:
             rngs=self.rngs,
         )
 
-    def norm(self) -> nnx.RMSNorm:
-        return nnx.RMSNorm(
-            self.config.d_model,
-            epsilon=self.config.layer_norm_epsilon,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=self.rngs,
-        )
+    def norm(self) -> RMSNorm:
+        c = self.config
+        return RMSNorm(c.d_model, c.layer_norm_epsilon, self.dtype, self.param_dtype)
 
     def embed(self, rows: int, width: int, std: float) -> nnx.Embed:
         return nnx.Embed(

@@ -1,0 +1,82 @@
+"""Flops that a training step of a transformer needs, by method, from its `config.json`.
+
+Two for each multiplication and sum of a matrix product; nothing is counted that is computed a
+second time, nor what is not a product. Attention is counted whole, the masked half too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from experiments.common.peer_cases import BOTTLENECK, ENCODERS, PREFIX, RANK, Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """A model's products.
+
+    **Attributes:** `layers`, how many; `linear`, inputs and outputs of each linear layer of one;
+    `some`, those of query and value (GPT-2: of the fused one); `out`, widths that adapters stand
+    after; `heads`, the width of all query heads; `head`, inputs and outputs for every token, or
+    None for a classifier's, which reads one token a row.
+    """
+
+    layers: int
+    linear: tuple[tuple[int, int], ...]
+    some: tuple[tuple[int, int], ...]
+    out: tuple[int, int]
+    heads: int
+    head: tuple[int, int] | None
+
+
+def products(folder: pathlib.Path) -> Products:
+    """Those of a model's directory. **Raises:** `CheckpointError`, `ValueError`."""
+    from jpeft.hf.files import read_config
+    from jpeft.models.bert_config import BertConfig
+    from jpeft.models.gpt2_config import Gpt2Config
+    from jpeft.models.llama_config import LlamaConfig
+
+    raw = read_config(folder)
+    if raw["model_type"] in ENCODERS:
+        c = BertConfig.from_hf(raw)
+        d, f = c.hidden_size, c.intermediate_size
+        linear = (*[(d, d)] * 4, (d, f), (f, d))
+        return Products(c.num_hidden_layers, linear, ((d, d),) * 2, (d, d), d, None)
+    if raw["model_type"] == "gpt2":
+        g = Gpt2Config.from_hf(raw)
+        d, f = g.n_embd, g.inner
+        fused = (d, 3 * d)
+        linear = (fused, (d, d), (d, f), (f, d))
+        return Products(g.n_layer, linear, (fused,), (d, d), d, (d, g.vocab_size))
+    m = LlamaConfig.from_hf(raw)
+    d, f = m.hidden_size, m.intermediate_size
+    q, kv = m.num_attention_heads * m.width, m.kv_heads * m.width
+    linear = ((d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d))
+    some = ((d, q), (d, kv))
+    return Products(m.num_hidden_layers, linear, some, (d, d), q, (d, m.vocab_size))
+
+
+def forward_flops(p: Products, length: int) -> float:
+    """Of one token's forward pass in a row of so many, without a method."""
+    layer = sum(2.0 * a * b for a, b in p.linear) + 4.0 * length * p.heads
+    head = 2.0 * p.head[0] * p.head[1] if p.head else 0.0
+    return p.layers * layer + head
+
+
+def step_flops(p: Products, method: Method, length: int) -> float:
+    """Of one token's part of a training step: forward, and the gradients that the method needs.
+
+    A product with a trained matrix is made three times, with a frozen one twice: its own gradient
+    is not taken. Attention has no matrix of its own: both of what it multiplies need theirs.
+    """
+    attention = 4.0 * (length + (PREFIX if method == "prefix" else 0)) * p.heads * p.layers
+    matrices = forward_flops(p, length) - 4.0 * length * p.heads * p.layers
+    added = 0.0
+    if method in ("lora", "lora_all", "qlora"):
+        chosen = p.some if method == "lora" else p.linear
+        added = p.layers * sum(2.0 * RANK * (a + b) for a, b in chosen)
+    elif method == "adapter":
+        added = p.layers * sum(4.0 * BOTTLENECK * width for width in p.out)
+    times = 3.0 if method == "full" else 2.0
+    return times * matrices + 3.0 * (attention + added)

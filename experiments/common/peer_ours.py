@@ -1,0 +1,219 @@
+"""This library's side: a jitted step, forward pass and generation of one row."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import jpeft
+from experiments.common import runtime
+from experiments.common.decoders import LAYOUTS
+from experiments.common.methods import HEAD, KEYS_AND_VALUES, LINEAR, PROJECTIONS
+from experiments.common.models import cpu_layout
+from experiments.common.peer_cases import ALPHA, BOTTLENECK, ENCODERS, PREFIX, RANK
+from experiments.common.peer_memory import host_peak_mib
+from experiments.common.peer_model import LABELS, batch_of, room
+from experiments.common.training import compiler_options
+from jpeft.hf import load_model, load_sequence_classifier
+from jpeft.hf.files import read_config
+
+
+class PastPrefix(nnx.Module):
+    """A classifier that reads its first real token, after `first` virtual ones.
+
+    peft puts a prefix before the first token, and not after it as `experiments.common.methods`.
+    """
+
+    def __init__(self, model: Any, first: int) -> None:
+        self.model, self.first = model, first
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The logits, fp32."""
+        hidden = self.model.encoder(*inputs)[:, self.first]
+        if self.model.config.model_type == "bert":
+            hidden = self.model.encoder.pooler(hidden)
+            return self.model.classifier(hidden.astype(jnp.float32))
+        return self.model.classifier(hidden.astype(jnp.float32), None)
+
+
+def transform_of(method: str, model: Any, encoder: bool) -> jpeft.Transform:
+    """The method on a model, with a classifier's head trained too."""
+    if method == "full":
+        return jpeft.Train(r".*")
+    if encoder:
+        some, every, kv = r"(query|value)/kernel$", LINEAR, KEYS_AND_VALUES + "bias$"
+        out, norms = PROJECTIONS, r"LayerNorm/"
+    else:
+        at = LAYOUTS[type(model)]
+        some, every, kv, out, norms = at.lora, at.linear, at.kv_bias, at.out, at.norms
+    if method == "adapter":
+        made: jpeft.Transform = jpeft.houlsby(BOTTLENECK, out, norms)
+    elif method == "prefix":
+        made = jpeft.PrefixTuning(PREFIX, kv)
+    else:
+        made = jpeft.LoRA(RANK, ALPHA, some if method == "lora" else every)
+    head = jpeft.Train(r"(^|model/)classifier/") if method == "prefix" else HEAD
+    return jpeft.chain(head, made) if encoder else made
+
+
+class Ours:
+    """A model with a method, its optimiser and a batch.
+
+    **Arguments:** `job`, a row of the comparison as JSON has it.
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+        runtime.cache_programs(pathlib.Path(job["cache"]))
+        jax.devices()
+
+    def load(self) -> None:
+        """The model from its files, the method's start, and the optimiser's."""
+        job = self.job
+        model, kind = self._model()
+        self.encoder = kind in ENCODERS
+        vocabulary, self.module = model.config.vocab_size, model
+        if self.encoder and job["method"] == "prefix":
+            model = PastPrefix(model, PREFIX)
+        self.apply, params = jpeft.functional(model)
+        self.batch = self._inputs(batch_of(kind, vocabulary, job["batch"], job["length"]))
+        self.transform = transform_of(job["method"], model, self.encoder)
+        uses = jpeft.uses(self.apply, params, *self._arguments(self.batch))
+        state = self.transform.init(jax.random.key(0), params, uses=uses)
+        if job["method"] == "prefix":
+            state = jax.tree_util.tree_map_with_path(_zero_prefix, state)
+        if job["method"] == "full" and job["precision"] == "bf16":
+            state = jpeft.cast(state, jnp.bfloat16)
+        self.base = jpeft.frozen(self.transform, params, state)
+        optimiser = optax.adamw(1e-4, weight_decay=0.01)
+
+        def step(state: Any, moments: Any, frozen: Any, batch: Any) -> Any:
+            value, grads = jax.value_and_grad(self._loss)(state, frozen, batch)
+            updates, moments = optimiser.update(grads, moments, state)
+            return optax.apply_updates(state, updates), moments, value
+
+        self.jitted = jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options())
+        self.loss_alone = jax.jit(self._loss, compiler_options=compiler_options())
+        self.held = (state, optimiser.init(state))
+        if job["generation"] is not None:
+            made = batch_of(
+                kind, vocabulary, job["generation"]["rows"], job["generation"]["prompt"]
+            )
+            self.prompt = self._inputs({k: made[k] for k in ("input_ids", "attention_mask")})
+
+    def _model(self) -> tuple[Any, str]:
+        job, folder = self.job, pathlib.Path(self.job["directory"])
+        kind = str(read_config(folder)["model_type"])
+        dtype = jnp.dtype("float32" if job["precision"] == "fp32" else "bfloat16")
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "remat": job["remat"]}
+        options |= cpu_layout()
+        if kind in ENCODERS:
+            if job["method"] == "qlora":
+                options["quantize"] = jpeft.Quantize(LINEAR)
+            key = jax.random.key(0)
+            return load_sequence_classifier(folder, LABELS, key=key, **options)[0], kind
+        options.pop("attention_rows", None)
+        if job["method"] == "qlora":
+            from jpeft.hf.models import read_kind
+
+            options["quantize"] = jpeft.Quantize(LAYOUTS[read_kind(folder)[0].model].linear)
+        return load_model(folder, **options)[0], kind
+
+    def _inputs(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        made: dict[str, Any] = {k: jnp.asarray(v) for k, v in batch.items()}
+        length = room(self.job["method"])
+        if not length:
+            return made
+        made = jpeft.virtual_tokens(made, length=length)
+        # A small vocabulary has not so many tokens; what stands there is not read.
+        return made | {"input_ids": made["input_ids"].at[:, :length].set(0)}
+
+    def _arguments(self, batch: dict[str, Any]) -> list[Any]:
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return [batch[k] for k in names if k in batch]
+
+    def _loss(self, state: Any, frozen: Any, batch: Any) -> Any:
+        rewritten = self.transform.rewrite(self.base.params(frozen), state)
+        forward, inputs = jpeft.lift(self.apply), self._arguments(batch)
+        if self.encoder:
+            logits = forward(rewritten, *inputs)
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+            return each.mean()
+        total, count = forward(rewritten, *inputs, labels=batch["labels"])
+        return total / count
+
+    def step(self) -> float:
+        """One training step; its loss."""
+        *held, value = self.jitted(*self.held, self.base.arrays, self.batch)
+        self.held = tuple(held)
+        return float(value)
+
+    def evaluate(self) -> float:
+        """The loss without gradients."""
+        return float(self.loss_alone(self.held[0], self.base.arrays, self.batch))
+
+    def generate(self) -> int:
+        """Greedy tokens after the prompts; how many are new."""
+        params, new = self.base.params(self.base.arrays), self.job["generation"]["new"]
+        ids, mask = self.prompt["input_ids"], self.prompt["attention_mask"]
+        cache = self.module.empty_cache(ids.shape[0], ids.shape[1] + new)
+        out = jpeft.generate(
+            self.apply,
+            self.transform.rewrite(params, self.held[0]),
+            ids,
+            mask,
+            cache=cache,
+            new_tokens=new,
+            decode_params=self.transform.decoding().rewrite(params, self.held[0]),
+        )
+        return int(np.asarray(out.lengths).sum())
+
+    def memory(self, base: float) -> dict[str, float | None]:
+        """`peak_mib` of a step: above `base`, or the most of a device's so far, loading counted;
+        `program_mib`, arguments and temporaries that the compiled step states.
+        """
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            for _ in range(2):
+                self.step()
+            stats = jax.local_devices()[0].memory_stats() or {}
+            peak: float | None = stats["peak_bytes_in_use"] / 2**20
+        else:
+            peak = host_peak_mib(self.step, base)
+        found: Any = self._compiled().memory_analysis()
+        program = (found.argument_size_in_bytes + found.temp_size_in_bytes) / 2**20
+        return {"peak_mib": peak, "program_mib": program}
+
+    def profile(self, steps: int = 3) -> dict[str, float]:
+        """Milliseconds of a step by kind of operation."""
+        from experiments.common.trace import traced
+
+        return traced(self.step, self._compiled().as_text(), steps)
+
+    def _compiled(self) -> Any:
+        return self.jitted.lower(*self.held, self.base.arrays, self.batch).compile()
+
+
+def _zero_prefix(path: Any, x: Any) -> Any:
+    # Both sides start from the same prefix; the head has its own start.
+    return x if "classifier" in jax.tree_util.keystr(path) else jnp.zeros_like(x)
+
+
+def matrix_rate(size: int = 8192, rounds: int = 8) -> float:
+    """Flops a second of a product of two bf16 matrices `(size, size)`: the best round's."""
+    x = jnp.ones((size, size), jnp.bfloat16)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
