@@ -83,14 +83,16 @@ def peers() -> str:
     r = read("bench_peers", "two_core_cpu")
     rows = [
         [
-            row["shape"].replace("x", " x "),
+            f"{row['model']}, {row['method']}, {row['precision']}, {row['shape']}",
             f"{row['tokens_per_second']['jpeft']:,.0f}",
             f"{row['tokens_per_second']['peft']:,.0f}",
             f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
+            f"{row['eval']['ratio']:.2f}",
+            f"{row['memory_ratio']:.2f}",
         ]
         for row in r["rows"]
     ]
-    header = ["batch x length", "jpeft, tokens/s", "HF PEFT, tokens/s", "ratio"]
+    header = ["row", "jpeft, tokens/s", "HF PEFT, tokens/s", "ratio", "evaluation", "memory"]
     return markdown(header, rows) + f"\n\n{source(r)}."
 
 

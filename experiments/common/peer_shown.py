@@ -146,7 +146,7 @@ def draw(out: pathlib.Path | None, rows: Sequence[Row], source: str, console: Co
         axes.set_xlim(left=0)
         axes.set_xlabel(f"{OURS}'s tokens/s over HF PEFT's (lines: lowest to highest round)")
         axes.set_ylabel("model and row")
-        axes.legend(frameon=False, loc="best")
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(parts))
         axes.grid(alpha=0.3, axis="x")
 
 

@@ -16,7 +16,7 @@ def test_a_page_that_differs_is_told_and_mended(tmp_path):
     assert "old" in page.read_text()
     assert figures.main(figures.Config(page)) == 0
     text = page.read_text()
-    assert "| 32 x 64 |" in text
+    assert "32x64 |" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
 
