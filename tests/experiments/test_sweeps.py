@@ -154,10 +154,11 @@ def test_intrinsic_dimension(made):
 
 
 def test_lora_plus(made):
-    result, said = run(lora_plus, made, ratios=(1.0, 16.0), window=1)
+    # A rate at which five steps move a loss of five digits.
+    result, said = run(lora_plus, made, ratios=(1.0, 16.0), window=1, lr=0.03)
     assert len(result["rows"]["16"]["curve"]) == 5
     assert result["rows"]["1"]["curve"][0] == result["rows"]["16"]["curve"][0]
-    assert result["rows"]["1"]["curve"][-1] != result["rows"]["16"]["curve"][-1]
+    assert abs(result["rows"]["1"]["curve"][-1] - result["rows"]["16"]["curve"][-1]) > 1e-3
     assert "ratio" in said
 
 
