@@ -148,7 +148,7 @@ def measure(
     with tempfile.TemporaryDirectory() as cache:
         job = job_of(case, options, directory, pathlib.Path(cache))
         found = _timed(case, options, job, tell)
-        memory, warm = _memory(options, job, tell)
+        memory, warm = _memory(options, job, found["memory"], tell)
     start = {OURS: found["start"][OURS], "jpeft_warm": warm}
     start |= {side: s for side, s in found["start"].items() if side != OURS}
     program = memory.pop("program")
@@ -208,6 +208,9 @@ def _timed(case: Case, options: Options, job: Job, tell: Callable[[str], None]) 
         tokens, turns = case.batch * case.length, _Turns(workers, options, notes)
         tell("training")
         train = turns.speed("steps", tokens)
+        memory: dict[str, Any] = {}
+        if options.device == "gpu":  # its allocator tells; a host's needs a process of its own
+            memory = {side: workers[side].ask("memory") for side in (OURS, EAGER)}
         tell("evaluation")
         evaluated = turns.speed("evals", tokens)
         generated = None
@@ -225,6 +228,7 @@ def _timed(case: Case, options: Options, job: Job, tell: Callable[[str], None]) 
         "first": first,
         "last": turns.losses,
         "train": train,
+        "memory": memory,
         "eval": evaluated,
         "generation": generated,
         "profile": profile,
@@ -275,20 +279,19 @@ class _Turns:
 
 
 def _memory(
-    options: Options, job: Job, tell: Callable[[str], None]
+    options: Options, job: Job, measured: dict[str, Any], tell: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Each side's peak by a process alone, with the C library's own allocator; and our start again,
-    now that its programs are in the cache.
+    """Each side's peak, where it was not `measured`, by a process alone, with the C library's own
+    allocator; and our start again, now that its programs are in the cache.
     """
-    memory: dict[str, Any] = {}
-    warm: dict[str, float] = {}
-    for side in (OURS, EAGER):
+    answers, warm = dict(measured), {}
+    for side in (OURS,) if measured else (OURS, EAGER):
         tell(f"{side}'s memory")
         with Worker(side, job, tuned=False) as worker:
             started = worker.ask("start")
-            answer = worker.ask("memory")
-        memory[side] = answer["peak_mib"]
-        if side == OURS:
-            warm = started["start"]
-            memory["program"] = answer["program_mib"]
-    return memory, warm
+            if side == OURS:
+                warm = started["start"]
+            if side not in answers:
+                answers[side] = worker.ask("memory")
+    memory = {side: answer["peak_mib"] for side, answer in answers.items()}
+    return memory | {"program": answers[OURS]["program_mib"]}, warm

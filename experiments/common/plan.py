@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,9 @@ from experiments.common.decoders import LAYOUTS, recipes
 from experiments.common.named import config_of
 from experiments.common.scale import TABLES, Scale, all_axes, compute_dtype, remat_of
 from experiments.common.training import Schedule
+from jpeft.models.causal import Implementation
 from jpeft.models.llama import Llama, LlamaConfig
+from jpeft.uses import Uses
 from sharding import Step, Zero, axes_by_pattern, batch_shards, make_step
 from sharding.aot import placed
 from sharding.costs import traced_flops
@@ -27,7 +30,9 @@ from sharding.costs import traced_flops
 class Planned:
     """A step with the shapes of what it is given.
 
-    **Attributes:** `parameters`, how many the model has; `trained`, how many are trained.
+    **Attributes:** `parameters`, how many the model has; `trained`, how many are trained; `dense`,
+    the shapes of the model's own parameters, and `uses`, what they are for; `first(key, params)`,
+    what is trained at the start; `frozen_of(params, trainable)`, the arrays that stay.
     """
 
     config: LlamaConfig
@@ -38,6 +43,10 @@ class Planned:
     room: int
     parameters: int
     trained: int
+    dense: Any
+    uses: Uses
+    first: Callable[[Any, Any], Any]
+    frozen_of: Callable[[Any, Any], Any]
     _plain: Any
 
     def arguments(self, rows: int) -> tuple[Step, Any, Any, Any, Any]:
@@ -72,8 +81,10 @@ class Planned:
         return once - 2.0 * tokens * self.config.hidden_size * self.config.vocab_size
 
 
-def plan(options: Any, mesh: Mesh) -> Planned:
+def plan(options: Any, mesh: Mesh, attention: Implementation = None) -> Planned:
     """The step of a command's options (`experiments.aot.Config`) on a mesh.
+
+    **Arguments:** `attention`, which implementation of it.
 
     **Raises:** `ModelError` for an unknown model; `ValueError`.
     """
@@ -82,18 +93,19 @@ def plan(options: Any, mesh: Mesh) -> Planned:
     scale = Scale(precision=options.numbers, offload=options.offload)
     dtype = compute_dtype(options.numbers)
 
-    def made(remat: Any) -> Any:
-        shape = {"dtype": dtype, "param_dtype": dtype, "remat": remat}
+    def made(remat: Any, attention: Implementation) -> Any:
+        shape: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "remat": remat}
+        shape["implementation"] = attention
         return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), **shape))
 
-    model = made(remat_of(options.remat, options.keep))
-    apply, params = jpeft.functional(model)
+    model = made(remat_of(options.remat, options.keep), attention)
+    apply, dense = jpeft.functional(model)
     recipe = recipes(model)[options.method]
     transform = recipe.transform(options.sizes)
-    uses = jpeft.uses(apply, params, jnp.zeros((1, 8), jnp.int32))
-    size = _size(params)
+    uses = jpeft.uses(apply, dense, jnp.zeros((1, 8), jnp.int32))
+    size = _size(dense)
     stored = (LAYOUTS[Llama].linear, options.quantize, uses)
-    params = jax.eval_shape(lambda p: in_format(p, *stored), params)
+    params = jax.eval_shape(lambda p: in_format(p, *stored), dense)
 
     def first(key: Any, params: Any) -> Any:
         trainable = transform.init(key, params, uses=uses)
@@ -112,7 +124,7 @@ def plan(options: Any, mesh: Mesh) -> Planned:
                 batch = jpeft.virtual_tokens(batch, length=room, first=virtual)
             own, models = jax.random.split(key)
             rewritten = transform.rewrite(base.params(frozen), trainable, key=own)
-            ids, mask, labels = (batch[k] for k in ("input_ids", "attention_mask", "labels"))
+            ids, mask, labels = (batch.get(k) for k in ("input_ids", "attention_mask", "labels"))
             return jpeft.lift(apply)(rewritten, ids, mask, key=models, labels=labels, chunk=chunk)
 
         return loss
@@ -135,7 +147,11 @@ def plan(options: Any, mesh: Mesh) -> Planned:
         room,
         size,
         _size(trainable),
-        loss_of(jpeft.functional(made(False)).apply),
+        dense,
+        uses,
+        first,
+        lambda params, trainable: jpeft.frozen(transform, params, trainable).arrays,
+        loss_of(jpeft.functional(made(False, None)).apply),
     )
 
 

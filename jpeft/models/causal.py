@@ -39,7 +39,7 @@ def causal_attention(
     query: Float[Array, "b t h w"],
     key: Float[Array, "b s k w"],
     value: Float[Array, "b s k w"],
-    keep: Bool[Array, "#b #t s"],
+    keep: Bool[Array, "#b #t s"] | None,
     *,
     scale: float,
     softcap: float | None = None,
@@ -52,11 +52,13 @@ def causal_attention(
 
     **Arguments:**
 
+    - `keep`, which keys each query reads, as `may_read` has it; None where every query reads all
+      keys up to its own, of which cuDNN works out half.
     - `softcap`, scores become `softcap * tanh(scores / softcap)` (Gemma 2).
     - `bias`, added to the scaled scores.
     - `rate`, of dropout on the probabilities, when `rng` is given.
     - `implementation`, that of `jax.nn.dot_product_attention`: `cudnn` is flash attention on NVIDIA
-      GPUs, in bf16 or fp16, with neither soft caps nor dropout.
+      GPUs, in bf16 or fp16, with neither soft caps nor dropout; a single query is XLA's always.
 
     A query that reads nothing, which is padding, gets the mean of all values, and is not NaN.
 
@@ -64,14 +66,21 @@ def causal_attention(
     """
     dropping = rng is not None and rate > 0
     if softcap is None and not dropping:
-        mask = jnp.broadcast_to(keep, (keep.shape[0], query.shape[1], key.shape[1]))[:, None]
+        mask = None
+        if keep is not None:
+            mask = jnp.broadcast_to(keep, (keep.shape[0], query.shape[1], key.shape[1]))[:, None]
+        if query.shape[1] == 1:
+            implementation = None
         return jax.nn.dot_product_attention(
-            query, key, value, bias, mask, scale=scale, implementation=implementation
-        )
+            query, key, value, bias, mask,
+            scale=scale, is_causal=keep is None, implementation=implementation,
+        )  # fmt: skip
     if implementation == "cudnn":
         raise ValueError("cuDNN's attention has neither soft caps nor dropout here: leave it out")
-    groups = query.shape[2] // key.shape[2]
     b, t, h, w = query.shape
+    if keep is None:
+        keep = jnp.tri(t, key.shape[1], dtype=bool)[None]
+    groups = h // key.shape[2]
     grouped = query.reshape(b, t, key.shape[2], groups, w)
     scores = jnp.einsum("btkgw,bskw->bkgts", grouped, key, preferred_element_type=jnp.float32)
     scores = scores.reshape(b, h, t, -1) * scale

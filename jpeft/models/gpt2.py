@@ -97,7 +97,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        keep: Bool[Array, "b t s"],
+        keep: Bool[Array, "b t s"] | None,
         kept: Kept,
         keys: tuple[PRNGKeyArray | None, ...],
     ) -> tuple[Float[Array, "b t d"], Any]:
@@ -145,7 +145,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        keep: Bool[Array, "b t s"],
+        keep: Bool[Array, "b t s"] | None,
         kept: Kept,
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "b t d"], Any]:
@@ -176,7 +176,7 @@ class Transformer(nnx.Module):
         self,
         input_ids: Int[Array, "b t"],
         positions: Int[Array, "b t"],
-        keep: Bool[Array, "b t s"],
+        keep: Bool[Array, "b t s"] | None,
         cache: Cache | None,
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "b t d"], Any]:
@@ -243,7 +243,8 @@ class Gpt2(nnx.Module):
 
         **Arguments:**
 
-        - `attention_mask`, 1 at tokens and 0 at padding, on either side; all ones when left out.
+        - `attention_mask`, 1 at tokens and 0 at padding, on either side; all ones when left out,
+          which lets cuDNN's attention leave out the half that nobody reads.
         - `position_ids`, each token's position; left out, they count the tokens that are no
           padding, after those in the cache.
         - `segment_ids`, of rows with several texts in them: tokens read their own text alone, and
@@ -261,6 +262,8 @@ class Gpt2(nnx.Module):
         limit, t = self.config.n_positions, input_ids.shape[1]
         if position_ids is None and t > limit:
             raise ValueError(f"the input has {t} tokens, the model reads {limit}")
+        given = (attention_mask, position_ids, segment_ids, cache)
+        whole = all(x is None for x in given)
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
         positions = positions_of(
@@ -269,7 +272,9 @@ class Gpt2(nnx.Module):
         known = positions
         if cache is not None:
             known = caches.write(cache.positions, positions, cache.length)
-        keep = may_read(positions, known, query_segments=segment_ids, key_segments=segment_ids)
+        keep = None
+        if not whole:
+            keep = may_read(positions, known, query_segments=segment_ids, key_segments=segment_ids)
         x, stores = self.transformer(input_ids, positions, keep, cache, key)
         if labels is not None:
             return next_token_loss(x, self.head, labels, chunk=chunk)

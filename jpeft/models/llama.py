@@ -214,8 +214,12 @@ class Decoder(nnx.Module):
         positions: Int[Array, "b t"],
         segment_ids: Int[Array, "b t"] | None,
         cache: Cache | None,
+        whole: bool,
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
-        """The last hidden state, normalised, and the cache with the new tokens."""
+        """The last hidden state, normalised, and the cache with the new tokens.
+
+        **Arguments:** `whole`, whether every row is one text without padding, from its start.
+        """
         c = self.config
         stores: Any = None
         slot, key_positions = None, positions
@@ -225,7 +229,7 @@ class Decoder(nnx.Module):
         ropes = [c.rope] if c.local_rope is None else [c.rope, c.local_rope]
         turns = [rotation(rope, positions, c.width) for rope in ropes]
         reading = _Reading(
-            self._attention(positions, key_positions, segment_ids, cache is None),
+            self._attention(positions, key_positions, segment_ids, cache is None, whole),
             (jnp.stack([cos for cos, _ in turns]), jnp.stack([sin for _, sin in turns])),
             slot,
         )
@@ -240,7 +244,7 @@ class Decoder(nnx.Module):
         return self.norm(x), cache
 
     def _attention(
-        self, queries: Array, keys: Array, segments: Array | None, sparse: bool
+        self, queries: Array, keys: Array, segments: Array | None, sparse: bool, whole: bool
     ) -> Callable[[Array, Array, Array, Any], Array]:
         """`attend`, given the positions of queries and keys."""
         c = self.config
@@ -267,6 +271,8 @@ class Decoder(nnx.Module):
             return lambda q, k, v, sliding: shifted_attention(
                 q, k, v, queries, segments, window=of_layer(sliding), **options
             )
+        if whole and window is None:
+            return lambda q, k, v, sliding: causal_attention(q, k, v, None, **options)
         if mixed:
             return lambda q, k, v, sliding: causal_attention(
                 q, k, v, keep(of_layer(sliding)), **options
@@ -338,7 +344,8 @@ class Llama(nnx.Module):
 
         **Arguments:**
 
-        - `attention_mask`, 1 at tokens and 0 at padding, on either side; all ones when left out.
+        - `attention_mask`, 1 at tokens and 0 at padding, on either side; all ones when left out,
+          which lets cuDNN's attention leave out the half that nobody reads.
         - `position_ids`, where they do not count the tokens, from the cache's or from each
           segment's start.
         - `segment_ids`, which of several texts in a row a token belongs to: none reads another.
@@ -352,12 +359,14 @@ class Llama(nnx.Module):
         **Raises:** `ValueError` for segments with a cache, or more tokens than it has room for.
         """
         del key
+        given = (attention_mask, position_ids, segment_ids, cache)
+        whole = all(x is None for x in given)
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
         positions = positions_of(
             attention_mask, position_ids=position_ids, segment_ids=segment_ids, cache=cache
         )
-        x, cache = self.model(input_ids, positions, segment_ids, cache)
+        x, cache = self.model(input_ids, positions, segment_ids, cache, whole)
         if labels is not None:
             return next_token_loss(x, self.head, labels, chunk=chunk)
         x = last_tokens(x, attention_mask) if last else x

@@ -167,3 +167,23 @@ def test_attention_with_a_bias_dropout_and_caps():
     np.testing.assert_allclose(many.mean(0), fast, atol=0.12)
     with pytest.raises(ValueError, match="neither soft caps nor dropout"):
         causal_attention(q, k, v, keep, scale=1.0, softcap=3.0, implementation="cudnn")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_mask_that_is_left_out_is_all_ones(kind):
+    apply, params, _ = made(kind)
+
+    def run(mask):
+        return jax.jit(jax.value_and_grad(lambda p: jnp.mean(apply(p, IDS, mask) ** 2)))(params)
+
+    for got, want in zip(*(jax.tree.leaves(run(m)) for m in (None, MASK | 1)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_without_a_mask_reads_up_to_its_own(softcap):
+    q, k, v = jax.random.normal(KEY, (3, 2, 7, 4, 8))
+    k, v = k[:, :, :2], v[:, :, :2]
+    tri = jnp.tri(7, dtype=bool)[None]
+    got, want = (causal_attention(q, k, v, m, scale=0.3, softcap=softcap) for m in (None, tri))
+    np.testing.assert_allclose(got, want, atol=1e-6)
