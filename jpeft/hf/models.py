@@ -27,6 +27,7 @@ from jpeft.hf.params import LoadReport, lazy_tensors
 from jpeft.hf.quantized_files import describe, lazy_leaves, without_quantization
 from jpeft.models import t5
 from jpeft.models.bert import BertForSequenceClassification
+from jpeft.models.causal import Implementation
 from jpeft.models.gpt2 import Gpt2
 from jpeft.models.gpt2_config import Gpt2Config
 from jpeft.models.llama import Llama
@@ -87,6 +88,7 @@ def load_model(
     param_dtype: Any = None,
     remat: Any = False,
     unroll: int = 1,
+    implementation: Implementation = None,
     sharding: Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding] | None = None,
     key: PRNGKeyArray | None = None,
     quantize: Quantize | None = None,
@@ -98,24 +100,28 @@ def load_model(
     `jpeft.functional` and `jpeft.lift`, not called itself.
 
     **Arguments:** `dtype`, what it computes in; `param_dtype`, what its parameters are cast to
-    while they are read, `dtype` where left out; `sharding`, each parameter's from its path and
-    shape; `key`, for what the file lacks and may lack; `quantize`, which weights are quantised
-    while they are read, and how: neither host nor devices ever hold the dense model. A quantised
-    weight's `sharding` is the dense one's.
+    while they are read, `dtype` where left out; `implementation`, of a decoder's attention:
+    `cudnn` is flash attention on NVIDIA GPUs, in bf16 and without soft caps; `sharding`, each
+    parameter's from its path and shape; `key`, for what the file lacks and may lack; `quantize`,
+    which weights are quantised while they are read, and how: neither host nor devices ever hold
+    the dense model. A quantised weight's `sharding` is the dense one's.
 
     **Raises:** `CheckpointError` for an unknown `model_type` or option, and with every missing,
     unexpected, misshapen and mistyped tensor; `TargetError` for a pattern of `quantize` that
-    matches nothing, or no kernel; `ValueError` for a sharding that cuts a quantised weight within
-    its blocks, or puts its layers on different devices.
+    matches nothing, or no kernel; `ValueError` for an `implementation` of T5, for a sharding that
+    cuts a quantised weight within its blocks, or puts its layers on different devices.
     """
     directory = pathlib.Path(directory)
     kind, config = read_kind(directory)
-    param_dtype = dtype if param_dtype is None else param_dtype
+    options: dict[str, Any] = {"dtype": dtype, "remat": remat, "unroll": unroll}
+    options["param_dtype"] = dtype if param_dtype is None else param_dtype
+    if implementation is not None:
+        if kind.model is t5.T5:
+            raise ValueError(f"implementation='{implementation}': T5's attention has one only")
+        options["implementation"] = implementation
 
     def build(rngs: nnx.Rngs) -> Any:
-        return kind.model(
-            config, rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll
-        )
+        return kind.model(config, rngs=rngs, **options)
 
     key = jax.random.key(0) if key is None else key
     return load_module(directory, build, key, kind.family, sharding, quantize)

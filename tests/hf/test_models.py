@@ -222,6 +222,16 @@ def test_types_are_cast_while_reading(folder):
     }
 
 
+def test_attention_is_chosen_while_loading(folder, tmp_path):
+    model, _ = load_model(folder, dtype=jnp.bfloat16, implementation="xla")
+    assert model.model.implementation == "xla"
+    t5 = KINDS["t5"]
+    config = t5.config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    save_model(t5.model(config, rngs=nnx.Rngs(0)), tmp_path)
+    with pytest.raises(ValueError, match="T5's attention"):
+        load_model(tmp_path, implementation="cudnn")
+
+
 def test_the_host_holds_one_tensor_at_a_time(tmp_path):
     config = LlamaConfig(
         vocab_size=100, hidden_size=64, intermediate_size=20_000, num_hidden_layers=4,
