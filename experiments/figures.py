@@ -7,17 +7,15 @@ table NAME of the files under docs/results. `--check` changes nothing, and fails
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import tyro
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs" / "results"
+from experiments.common.figure_parts import ROOT, FiguresError, markdown, read, source
+from experiments.common.figure_speed import account, large, peers, peers_gpu, steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,33 +26,6 @@ class Config:
     """The page to write into."""
     check: bool = False
     """Only tell whether the page is as the results are."""
-
-
-class FiguresError(RuntimeError):
-    """A marker without a table, or results that are not there."""
-
-
-def read(*parts: str) -> dict[str, Any]:
-    """One `result.json` under docs/results. **Raises:** `FiguresError` where it is absent."""
-    path = RESULTS.joinpath(*parts, "result.json")
-    if not path.is_file():
-        raise FiguresError(f"{path} is absent: run the command that makes it, with that --out")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first column is left, the others right."""
-    line = "| " + " | ".join(header) + " |"
-    rule = "|" + "|".join(["---"] + ["--:"] * (len(header) - 1)) + "|"
-    return "\n".join([line, rule, *("| " + " | ".join(r) + " |" for r in rows)])
-
-
-def source(result: Mapping[str, Any]) -> str:
-    """Machine, versions and date, in words."""
-    m, v = result["machine"], result["versions"]
-    names = [n for n in ("jax", "flax", "torch", "transformers", "peft") if n in v]
-    where = ", ".join(dict.fromkeys(m["devices"])) if m["platform"] != "cpu" else m["processor"]
-    return f"{where}, {m['cores']} cores, {', '.join(f'{n} {v[n]}' for n in names)}, {m['date']}"
 
 
 def score(value: Mapping[str, float]) -> str:
@@ -76,50 +47,6 @@ def glue() -> str:
         rows.append([f"{name.upper()}, {metric}", cells[0], whole, *cells[1:], seeds])
     header = ["task", "LoRA r 8", "full", "head on frozen encoder", "majority class", "seeds"]
     return markdown(header, rows) + f"\n\n{source(results['sst2'])}."
-
-
-def peers() -> str:
-    """`bench_peers` on a CPU."""
-    r = read("bench_peers", "two_core_cpu")
-    rows = [
-        [
-            f"{row['model']}, {row['method']}, {row['precision']}, {row['shape']}",
-            f"{row['tokens_per_second']['jpeft']:,.0f}",
-            f"{row['tokens_per_second']['peft']:,.0f}",
-            f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
-            f"{row['eval']['ratio']:.2f}",
-            f"{row['memory_ratio']:.2f}",
-        ]
-        for row in r["rows"]
-    ]
-    header = ["row", "jpeft, tokens/s", "HF PEFT, tokens/s", "ratio", "evaluation", "memory"]
-    return markdown(header, rows) + f"\n\n{source(r)}."
-
-
-def steps() -> str:
-    """`bench_steps`: subspaces beside full fine-tuning, many tasks beside one."""
-    r = read("bench_steps", "two_core_cpu")
-    config = r["config"]
-    rows = [
-        [
-            name,
-            f"{x['ms']:.0f}",
-            f"{x['ratio']:.2f}",
-            f"{x['mib']:,.0f}",
-            f"{x['memory_ratio']:.2f}",
-        ]
-        for name, x in r["training"].items()
-    ]
-    first = next(iter(r["training"]))
-    header = ["training step", "ms", f"time over {first}'s", "MiB", f"memory over {first}'s"]
-    mixed = [
-        [name, f"{x['single_ms']:.0f}", f"{x['mixed_ms']:.0f}", f"{x['ratio']:.2f}"]
-        for name, x in r["many_tasks"].items()
-    ]
-    tasks = f"{config['tasks']} tasks in the batch"
-    second = ["forward pass", "one task, ms", f"{tasks}, ms", "throughput ratio"]
-    shape = f"batch {config['batch']} x {config['length']}"
-    return f"{markdown(header, rows)}\n\n{markdown(second, mixed)}\n\n{shape}; {source(r)}."
 
 
 def methods() -> str:
@@ -268,36 +195,13 @@ def precision() -> str:
     return f"{markdown(header, rows)}\n\n{about}"
 
 
-def account() -> str:
-    """`qlora --report-65b`: the memory of large models' steps on one device."""
-    r = read("qlora", "65b")
-    rows = [
-        [
-            row["model"],
-            row["title"],
-            *(f"{row['bytes'].get(k, 0) / 1e9:.2f}" for k in ("frozen", "trainable", "optimiser")),
-            f"{row['bytes']['temporaries'] / 1e9:.2f}",
-            f"{row['total'] / 1e9:.2f}",
-            f"{row['host'] / 1e9:.2f}",
-        ]
-        for row in r["rows"]
-    ]
-    header = ["model", "optimiser", "base, GB", "trained", "state", "temporaries", "in all"]
-    first = r["rows"][0]
-    about = (
-        f"NF4 with double quantisation, rank {first['rank']} on every linear layer, 1 x "
-        f"{first['sequence']} tokens, activations made again; one chip of {r['topology']}, libtpu "
-        f"{r['versions']['libtpu']}, {source(r)}."
-    )
-    return f"{markdown([*header, 'on the host, GB'], rows)}\n\n{about}"
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "precision": precision,
     "aot": aot,
     "memory": memory,
     "glue": glue,
     "peers": peers,
+    "peers_gpu": peers_gpu,
     "steps": steps,
     "methods": methods,
     "attention": attention,
@@ -305,6 +209,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "longlora": longlora,
     "finetune": finetune,
     "account": account,
+    "large": large,
 }
 
 

@@ -94,7 +94,7 @@ class Embeddings(nnx.Module):
     def __call__(
         self,
         input_ids: Int[Array, "b t"],
-        token_type_ids: Int[Array, "b t"],
+        token_type_ids: Int[Array, "#b #t"],
         key: PRNGKeyArray | None,
     ) -> Float[Array, "b t d"]:
         """The first layer's input."""
@@ -276,7 +276,8 @@ class Bert(nnx.Module):
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
         if token_type_ids is None:
-            token_type_ids = jnp.zeros_like(input_ids)
+            # Looked up once: the gradients of all tokens would be added to one row, one by one.
+            token_type_ids = jnp.zeros((1, 1), input_ids.dtype)
         first, rest = (None, None) if key is None else jax.random.split(key)
         x = self.embeddings(input_ids, token_type_ids, first)
         return self.encoder(x, attention_mask.astype(bool), rest)

@@ -1,0 +1,38 @@
+"""What tables of committed results are made of."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+
+class FiguresError(RuntimeError):
+    """A marker without a table, or results that are not there."""
+
+
+def read(*parts: str) -> dict[str, Any]:
+    """One `result.json` under docs/results. **Raises:** `FiguresError` where it is absent."""
+    path = RESULTS.joinpath(*parts, "result.json")
+    if not path.is_file():
+        raise FiguresError(f"{path} is absent: run the command that makes it, with that --out")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first column is left, the others right."""
+    line = "| " + " | ".join(header) + " |"
+    rule = "|" + "|".join(["---"] + ["--:"] * (len(header) - 1)) + "|"
+    return "\n".join([line, rule, *("| " + " | ".join(r) + " |" for r in rows)])
+
+
+def source(result: Mapping[str, Any]) -> str:
+    """Machine, versions and date, in words."""
+    m, v = result["machine"], result["versions"]
+    names = [n for n in ("jax", "flax", "torch", "transformers", "peft") if n in v]
+    where = ", ".join(dict.fromkeys(m["devices"])) if m["platform"] != "cpu" else m["processor"]
+    return f"{where}, {m['cores']} cores, {', '.join(f'{n} {v[n]}' for n in names)}, {m['date']}"

@@ -1,0 +1,140 @@
+"""Tables of time and memory: beside HF PEFT, of subspaces and many tasks, of large models."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from experiments.common.figure_parts import markdown, read, source
+
+
+def peers() -> str:
+    """`bench_peers` on a CPU."""
+    r = read("bench_peers", "two_core_cpu")
+    rows = [
+        [
+            f"{row['model']}, {row['method']}, {row['precision']}, {row['shape']}",
+            f"{row['tokens_per_second']['jpeft']:,.0f}",
+            f"{row['tokens_per_second']['peft']:,.0f}",
+            f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
+            f"{row['eval']['ratio']:.2f}",
+            f"{row['memory_ratio']:.2f}",
+        ]
+        for row in r["rows"]
+    ]
+    header = ["row", "jpeft, tokens/s", "HF PEFT, tokens/s", "ratio", "evaluation", "memory"]
+    return markdown(header, rows) + f"\n\n{source(r)}."
+
+
+def peers_gpu() -> str:
+    """`bench_peers` on a GPU."""
+    r = read("bench_peers", "h200")
+    rows = [
+        [
+            f"{row['model']}, {row['method']}, {row['precision']}, {row['shape']}: {what}",
+            *(f"{speed['tokens_per_second'][side]:,.0f}" for side in SIDES),
+            f"{speed['ratio']:.2f}",
+            f"{speed['compiled_ratio'][1]:.2f}",
+        ]
+        for row in r["rows"]
+        for what, speed in (
+            ("training", row),
+            ("evaluation", row["eval"]),
+            (f"generation, {row['generation_shape']}", row["generation"]),
+        )
+    ]
+    header = ["row, tokens/s", "jpeft", "HF PEFT", "HF PEFT compiled", "ratio", "to compiled"]
+    return f"{markdown(header, rows)}\n\n{_of_the_step(r['rows'][0])}; {source(r)}."
+
+
+SIDES = ("jpeft", "peft", "peft_compiled")
+
+
+def _of_the_step(row: dict[str, Any]) -> str:
+    mfu = ", ".join(f"{100 * row['mfu'][side]:.0f}%" for side in SIDES)
+    profile = row["profile"]
+    whole = sum(profile.values())
+    parts = ", ".join(f"{kind} {100 * ms / whole:.0f}%" for kind, ms in profile.items())
+    return (
+        f"MFU {mfu} of the card's {row['matrix_flops_per_second'] / 1e12:,.0f} Tflop/s in a "
+        f"product of random matrices; peak memory of a step {row['memory_ratio']:.2f} of the eager "
+        f"peer's; of our step {parts}"
+    )
+
+
+def steps() -> str:
+    """`bench_steps`: subspaces beside full fine-tuning, many tasks beside one."""
+    r = read("bench_steps", "two_core_cpu")
+    config = r["config"]
+    rows = [
+        [
+            name,
+            f"{x['ms']:.0f}",
+            f"{x['ratio']:.2f}",
+            f"{x['mib']:,.0f}",
+            f"{x['memory_ratio']:.2f}",
+        ]
+        for name, x in r["training"].items()
+    ]
+    first = next(iter(r["training"]))
+    header = ["training step", "ms", f"time over {first}'s", "MiB", f"memory over {first}'s"]
+    mixed = [
+        [name, f"{x['single_ms']:.0f}", f"{x['mixed_ms']:.0f}", f"{x['ratio']:.2f}"]
+        for name, x in r["many_tasks"].items()
+    ]
+    tasks = f"{config['tasks']} tasks in the batch"
+    second = ["forward pass", "one task, ms", f"{tasks}, ms", "throughput ratio"]
+    shape = f"batch {config['batch']} x {config['length']}"
+    return f"{markdown(header, rows)}\n\n{markdown(second, mixed)}\n\n{shape}; {source(r)}."
+
+
+def account() -> str:
+    """`qlora --report-65b`: the memory of large models' steps on one device."""
+    r = read("qlora", "65b")
+    rows = [
+        [
+            row["model"],
+            row["title"],
+            *(f"{row['bytes'].get(k, 0) / 1e9:.2f}" for k in ("frozen", "trainable", "optimiser")),
+            f"{row['bytes']['temporaries'] / 1e9:.2f}",
+            f"{row['total'] / 1e9:.2f}",
+            f"{row['host'] / 1e9:.2f}",
+        ]
+        for row in r["rows"]
+    ]
+    header = ["model", "optimiser", "base, GB", "trained", "state", "temporaries", "in all"]
+    first = r["rows"][0]
+    about = (
+        f"NF4 with double quantisation, rank {first['rank']} on every linear layer, 1 x "
+        f"{first['sequence']} tokens, activations made again; one chip of {r['topology']}, libtpu "
+        f"{r['versions']['libtpu']}, {source(r)}."
+    )
+    return f"{markdown([*header, 'on the host, GB'], rows)}\n\n{about}"
+
+
+def large() -> str:
+    """`bench_large`: steps of large models with random weights on one GPU."""
+    names = ("llama_65b_qlora_48gb", "llama_8b_qlora", "llama_8b_lora", "llama_1b_lora")
+    results = [read("bench_large", name) for name in names]
+    rows = [
+        [
+            f"{c['model']}, {c['quantize'] or 'bf16'}, rank {c['rank']}",
+            f"{c['batch']} x {c['sequence']}",
+            f"{r['held_bytes']['frozen'] / 1e9:.2f}",
+            f"{r['peak_bytes'] / 1e9:.2f}",
+            f"{r['limit_bytes'] / 1e9:.1f}",
+            f"{1e3 * statistics.median(r['step_seconds']):,.0f}",
+            f"{r['tokens_per_second']:,.0f}",
+            f"{100 * r['mfu']:.0f}%",
+        ]
+        for r in results
+        for c in [r["config"]]
+    ]
+    header = ["model", "tokens", "base, GB", "peak", "limit", "ms a step", "tokens/s", "MFU"]
+    first = results[0]["config"]
+    about = (
+        f"LoRA on every linear layer, {first['steps']} optimiser steps each. Of the first, "
+        "activations are made again, trained arrays are bf16 rounded at random and moments in 8 "
+        f"bits; the peak counts the drawing of the weights; {source(results[0])}."
+    )
+    return f"{markdown(header, rows)}\n\n{about}"
