@@ -70,6 +70,32 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+_BOTH = {"gelu": _gelu, "silu": _silu, "swish": _silu}
+_BOTH |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), _gelu_tanh)
+
+
+def gated(name: str) -> Callable[[Array, Array], Array]:
+    """`act(gate) * up`, by the activation's name (Shazeer 2020).
+
+    The backward pass keeps two arrays of their size, what each of the two is to be multiplied by.
+    """
+    if name not in _BOTH:
+        return lambda gate, up: ACTIVATIONS[name](gate) * up
+    both = _BOTH[name]
+
+    @jax.custom_jvp
+    def value(gate: Array, up: Array) -> Array:
+        return both(gate)[0] * up
+
+    @value.defjvp
+    def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+        gate, up = primals
+        y, slope = both(gate)
+        return y * up, (slope * up) * tangents[0] + y * tangents[1]
+
+    return value
+
+
 def dropout(x: Float[Array, ...], rate: float, key: PRNGKeyArray | None) -> Float[Array, ...]:
     """Zero with probability `rate` and scale the rest, when a key is given; else `x`."""
     if key is None or rate == 0:

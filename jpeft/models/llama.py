@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jpeft.models.cache import Cache, empty_cache, positions_of, remember, write
 from jpeft.models.causal import Implementation, causal_attention, may_read
-from jpeft.models.layers import ACTIVATIONS, Remat, last_tokens, rematerialised
+from jpeft.models.layers import Remat, gated, last_tokens, rematerialised
 from jpeft.models.llama_config import FULL, SLIDING
 from jpeft.models.llama_config import LlamaConfig as LlamaConfig
 from jpeft.models.loss import next_token_loss
@@ -139,14 +139,14 @@ class MLP(nnx.Module):
     def __init__(self, parts: _Parts) -> None:
         c = parts.config
         bias = c.mlp_bias and c.model_type == "llama"
-        self.act = ACTIVATIONS[c.hidden_act]
+        self.gated = gated(c.hidden_act)
         self.gate_proj = parts.linear(c.hidden_size, c.intermediate_size, bias)
         self.up_proj = parts.linear(c.hidden_size, c.intermediate_size, bias)
         self.down_proj = parts.linear(c.intermediate_size, c.hidden_size, bias)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """`(act(x G) * (x U)) D`."""
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
 
 
 @jax.tree_util.register_dataclass

@@ -20,7 +20,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jpeft.models import cache as caches
 from jpeft.models.cache import Cache, positions_of
 from jpeft.models.causal import causal_attention, may_read
-from jpeft.models.layers import ACTIVATIONS, Remat, dropout, last_tokens, rematerialised
+from jpeft.models.layers import (
+    ACTIVATIONS,
+    Remat,
+    dropout,
+    gated,
+    last_tokens,
+    rematerialised,
+)
 from jpeft.models.loss import next_token_loss
 from jpeft.models.norms import RMSNorm
 from jpeft.models.t5_config import T5Config as T5Config
@@ -163,6 +170,7 @@ class FeedForward(nnx.Module):
     def __init__(self, parts: _Parts) -> None:
         c = parts.config
         self.config, self.act = c, ACTIVATIONS[c.activation]
+        self.gated = gated(c.activation)
         if c.gated:
             self.wi_0 = parts.linear(c.d_model, c.d_ff, c.d_model**-0.5)
             self.wi_1 = parts.linear(c.d_model, c.d_ff, c.d_model**-0.5)
@@ -172,7 +180,10 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"], key: PRNGKeyArray | None) -> Float[Array, "b t d"]:
         """The block's output."""
-        inner = self.act(self.wi_0(x)) * self.wi_1(x) if self.config.gated else self.act(self.wi(x))
+        if self.config.gated:
+            inner = self.gated(self.wi_0(x), self.wi_1(x))
+        else:
+            inner = self.act(self.wi(x))
         return self.wo(dropout(inner, self.config.dropout_rate, key))
 
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
 
-from jpeft.models.layers import gelu, gelu_tanh, silu
+from jpeft.models.layers import ACTIVATIONS, gated, gelu, gelu_tanh, silu
 from jpeft.models.norms import LayerNorm, RMSNorm
 
 X = jnp.asarray(np.random.default_rng(0).normal(1.0, 3.0, (2, 5, 16)), jnp.float32)
@@ -61,6 +61,32 @@ def test_one_array_of_the_inputs_size_is_kept(f, capsys):
     print_saved_residuals(lambda x: jnp.sum(f(x) * 2), X)
     kept = [line for line in capsys.readouterr().out.splitlines() if "[2,5,16]" in line]
     assert len([line for line in kept if "from the argument" not in line]) == 1
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_new", "relu"])
+def test_a_gate_is_the_activation_times_the_rest(name):
+    gate, up = X, jnp.cos(5 * X)
+
+    def both(f):
+        (y, t), pull = (
+            jax.jvp(f, (gate, up), (jnp.sin(gate), up)),
+            jax.grad(lambda *xs: jnp.sum(f(*xs) ** 2), (0, 1))(gate, up),
+        )
+        return y, t, *pull
+
+    mine, theirs = both(gated(name)), both(lambda g, u: ACTIVATIONS[name](g) * u)
+    for a, b in zip(mine, theirs, strict=True):
+        assert float(jnp.abs(b).max()) > 0.1
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_a_gate_keeps_two_arrays(capsys):
+    def f(x):
+        return jnp.sum(gated("silu")(3 * x, 5 * x) * 2)
+
+    print_saved_residuals(f, X)
+    kept = [line for line in capsys.readouterr().out.splitlines() if "[2,5,16]" in line]
+    assert len([line for line in kept if "from the argument" not in line]) == 2
 
 
 def test_far_from_zero_no_digits_are_lost():
