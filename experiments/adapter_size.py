@@ -18,13 +18,21 @@ from experiments import lora_glue
 from experiments.common import runtime
 from experiments.common.command import claim, command
 from experiments.common.plots import COLOURS, figure, source_line
-from experiments.common.sweep import Results, metric_of, refuse, runs_of, sweep, write_result
+from experiments.common.sweep import (
+    Results,
+    SweepConfig,
+    metric_of,
+    refuse,
+    runs_of,
+    sweep,
+    write_result,
+)
 
 KINDS = {"adapter": "adapters", "top": "top layers"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(lora_glue.Config):
+class Config(SweepConfig):
     """Options are those of `lora_glue`, for every run."""
 
     tasks: tuple[lora_glue.TaskName, ...] = ("sample",)
@@ -48,7 +56,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
             changes[f"{task}_adapter_{size}"] = of | {"method": "adapter", "bottleneck": size}
         for k in config.layers:
             changes[f"{task}_top_{k}"] = of | {"method": "top", "top": k}
-    results = sweep(runs_of(config, changes), console)
+    results = sweep(runs_of(config, changes), console, processes=config.processes)
     points = {
         kind: [point(config, results, kind, n) for n in numbers]
         for kind, numbers in (("adapter", config.sizes), ("top", config.layers))

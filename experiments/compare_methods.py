@@ -19,14 +19,22 @@ from experiments.common.methods import METHODS, Method
 from experiments.common.models import fetch_model
 from experiments.common.pipeline import Batches
 from experiments.common.plots import COLOURS, figure, source_line
-from experiments.common.sweep import Results, metric_of, refuse, runs_of, sweep, write_result
+from experiments.common.sweep import (
+    Results,
+    SweepConfig,
+    metric_of,
+    refuse,
+    runs_of,
+    sweep,
+    write_result,
+)
 from experiments.common.timing import timed_steps
 
 ROUNDS = 7
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(lora_glue.Config):
+class Config(SweepConfig):
     """Options are those of `lora_glue`, for every run."""
 
     methods: tuple[Method, ...] = METHODS
@@ -46,7 +54,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     for method in config.long:
         if method in changes and config.long_epochs is not None:
             changes[method]["epochs"] = config.long_epochs
-    results = sweep(runs_of(config, changes), console)
+    results = sweep(runs_of(config, changes), console, processes=config.processes)
     steps = step_costs(config, console)
     rows = {m: row(results[m], m) | steps[m] for m in config.methods}
     result = write_result(config, results, rows=rows)

@@ -6,6 +6,7 @@ Without arguments: ranks up to 4 on the sample of this package.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from typing import Any
 
@@ -20,13 +21,13 @@ from experiments.common.methods import HEAD
 from experiments.common.metrics import evaluate
 from experiments.common.plots import COLOURS, figure, source_line
 from experiments.common.report import mean_and_deviation
-from experiments.common.sweep import metric_of, refuse, runs_of, sweep, write_result
+from experiments.common.sweep import SweepConfig, metric_of, refuse, runs_of, sweep, write_result
 
 KINDS = ("DyLoRA, one run", "LoRA, one run a rank", "LoRA, cut to the rank")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(lora_glue.Config):
+class Config(SweepConfig):
     """Options are those of `lora_glue`; `--rank` is the largest, and alpha the same at each."""
 
     rank: int = 4
@@ -49,11 +50,9 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     def more(name: str) -> lora_glue.More | None:
         if name not in ("dylora", f"lora_r{config.rank}"):
             return None
-        return lambda trainer, state, prepared: {
-            "by_rank": {str(r): at_rank(trainer, state, prepared, r) for r in ranks}
-        }
+        return functools.partial(at_ranks, ranks=ranks)
 
-    results = sweep(runs_of(config, changes), console, more)
+    results = sweep(runs_of(config, changes), console, more, processes=config.processes)
     metric, _ = metric_of(results["dylora"], "dylora")
 
     def by_rank(name: str) -> dict[str, dict[str, float]]:
@@ -76,6 +75,13 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     console.print(f"all ranks by LoRA took {times:.1f} times as long as the one DyLoRA run")
     draw(config, result, console)
     return result
+
+
+def at_ranks(
+    trainer: Any, state: Any, prepared: lora_glue.Prepared, ranks: tuple[int, ...]
+) -> dict[str, Any]:
+    """The scores of a trained state at every rank."""
+    return {"by_rank": {str(r): at_rank(trainer, state, prepared, r) for r in ranks}}
 
 
 def at_rank(trainer: Any, state: Any, prepared: lora_glue.Prepared, rank: int) -> dict[str, float]:

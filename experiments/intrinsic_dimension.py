@@ -13,14 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments import lora_glue
-from experiments.common import runtime
+from experiments.common import dimensions, runtime
 from experiments.common.command import claim, command
-from experiments.common.metrics import majority
+from experiments.common.dimensions import KINDS
 from experiments.common.plots import COLOURS, figure, source_line
-from experiments.common.sweep import metric_of, refuse, runs_of, sweep, write_result
+from experiments.common.sweep import SweepConfig, metric_of, refuse, runs_of, sweep, write_result
 
-KINDS = {"DID": "subspace", "SAID": "said"}
 # Aghajanyan et al. 2021, table 1: d90 of MRPC.
 PAPER = {
     "SAID": {"BERT-base": 1608, "BERT-large": 1037, "RoBERTa-base": 896, "RoBERTa-large": 207},
@@ -29,7 +27,7 @@ PAPER = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(lora_glue.Config):
+class Config(SweepConfig):
     """Options are those of `lora_glue`, for every run."""
 
     dims: tuple[int, ...] = (50, 500, 5000)
@@ -43,20 +41,16 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     refuse(config, method="lora_glue", dimensions="--dims")
     claim(config)
-    full = {"method": "full", "epochs": config.full_epochs or config.epochs, "lr": None}
-    changes: dict[str, dict[str, Any]] = {"full": full}
-    for kind, method in KINDS.items():
-        for d in config.dims:
-            changes[f"{kind}_{d}"] = {"method": method, "dimensions": d}
-    results = sweep(runs_of(config, changes), console, lambda name: constant)
+    full = {"epochs": config.full_epochs or config.epochs}
+    runs = runs_of(config, dimensions.changes(config.dims, full))
+    results = sweep(runs, console, lambda name: dimensions.constant, config.processes)
     metric, whole = metric_of(results["full"], "full")
     scores = {
         kind: {str(d): metric_of(results[f"{kind}_{d}"], method)[1] for d in config.dims}
         for kind, method in KINDS.items()
     }
-    target = 0.9 * whole["mean"]
     d90 = {
-        kind: next((d for d in sorted(config.dims) if by[str(d)]["mean"] >= target), None)
+        kind: dimensions.smallest({int(d): s["mean"] for d, s in by.items()}, whole["mean"])
         for kind, by in scores.items()
     }
     trivial = results["full"]["seeds"][0]["constant"][metric]
@@ -64,20 +58,11 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         config, results, metric=metric, full=whole, scores=scores, d90=d90, constant=trivial
     )
     console.print(table(config, result))
-    if trivial >= target:
-        console.print(
-            f"note: answering the largest class alone has {metric} {trivial:.4f}, which is above "
-            f"the 90% mark of {target:.4f}: on this metric d90 says little"
-        )
+    note = dimensions.hollow(metric, trivial, whole["mean"])
+    if note:
+        console.print(note)
     draw(config, result, console)
     return result
-
-
-def constant(trainer: Any, state: Any, prepared: lora_glue.Prepared) -> dict[str, Any]:
-    """The scores of answering the largest class always."""
-    del trainer, state
-    task = prepared.data.task
-    return {"constant": majority(task.metrics, prepared.labels, len(task.labels))}
 
 
 def table(config: Config, result: dict[str, Any]) -> Table:

@@ -13,15 +13,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import lora_glue
 from experiments.common import runtime
 from experiments.common.command import claim, command
 from experiments.common.plots import COLOURS, figure, source_line
-from experiments.common.sweep import metric_of, refuse, runs_of, sweep, write_result
+from experiments.common.sweep import SweepConfig, metric_of, refuse, runs_of, sweep, write_result
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(lora_glue.Config):
+class Config(SweepConfig):
     """Options are those of `lora_glue`, for every run."""
 
     ratios: tuple[float, ...] = (1.0, 4.0, 16.0)
@@ -38,7 +37,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     refuse(config, lora_plus="--ratios", method="lora_glue")
     claim(config)
     changes = {f"ratio_{ratio:g}": {"lora_plus": ratio} for ratio in config.ratios}
-    results = sweep(runs_of(config, changes), console)
+    results = sweep(runs_of(config, changes), console, processes=config.processes)
     rows: dict[str, Any] = {}
     for ratio in config.ratios:
         result = results[f"ratio_{ratio:g}"]

@@ -12,11 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments import lora_glue
 from experiments.common import runtime
 from experiments.common.command import claim, command
 from experiments.common.plots import COLOURS, figure, source_line
-from experiments.common.sweep import metric_of, refuse, runs_of, sweep, write_result
+from experiments.common.sweep import SweepConfig, metric_of, refuse, runs_of, sweep, write_result
 
 WEIGHTS = {
     "q": (r"self/query/kernel$",),
@@ -39,7 +38,7 @@ PAPER = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(lora_glue.Config):
+class Config(SweepConfig):
     """Options are those of `lora_glue`, for every run; alpha is twice the rank."""
 
     ranks: tuple[int, ...] = (1, 4, 8)
@@ -65,7 +64,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         for weights in config.weights
         for rank in config.ranks
     }
-    results = sweep(runs_of(config, changes), console)
+    results = sweep(runs_of(config, changes), console, processes=config.processes)
     scores = {
         weights: {
             str(rank): metric_of(results[f"{weights.replace(',', '')}_r{rank}"], "lora")[1]

@@ -6,10 +6,13 @@ Without arguments: lengths 5 and 20 on the sample of this package.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import sys
+import tempfile
 import time
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -19,12 +22,20 @@ from experiments import lora_glue
 from experiments.common import runtime
 from experiments.common.command import claim, command
 from experiments.common.methods import PromptStart
+from experiments.common.models import fetch_model
 from experiments.common.plots import COLOURS, figure, source_line
-from experiments.common.sweep import Results, metric_of, refuse, runs_of, sweep, write_result
+from experiments.common.sweep import (
+    SweepConfig,
+    metric_of,
+    refuse,
+    runs_of,
+    sweep,
+    write_result,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(lora_glue.Config):
+class Config(SweepConfig):
     """Options are those of `lora_glue`, for every run."""
 
     lengths: tuple[int, ...] = (5, 20)
@@ -45,19 +56,13 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     for start in config.starts:
         for n in config.lengths:
             changes[f"{start}_{n}"] = {"method": "prompt", "prompt": n, "prompt_start": start}
-    longest = max(config.lengths)
-    states: dict[str, Any] = {}
-
-    def more(name: str) -> lora_glue.More | None:
-        def keep(trainer: Any, state: Any, prepared: lora_glue.Prepared) -> dict[str, Any]:
-            states[name] = state
-            if len(states) < len(config.starts):
-                return {}
-            return {"one_batch": one_batch(trainer, list(states.values()), prepared)}
-
-        return keep if name.endswith(f"_{longest}") and len(config.starts) > 1 else None
-
-    results = sweep(runs_of(config, changes), console, more)
+    with tempfile.TemporaryDirectory() as scratch:
+        # The trained prompts are read again: without a folder they get one until then.
+        out = config.out or pathlib.Path(scratch)
+        runs = runs_of(dataclasses.replace(config, out=out), changes)
+        results = sweep(runs, console, processes=config.processes)
+        longest = [runs[f"{start}_{max(config.lengths)}"] for start in config.starts]
+        together = mixed(longest, console) if len(longest) > 1 else None
     scores = {
         start: {str(n): metric_of(results[f"{start}_{n}"], "prompt")[1] for n in config.lengths}
         for start in config.starts
@@ -70,7 +75,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         scores=scores,
         full=whole,
         head=metric_of(results["head"], "head")[1],
-        one_batch=mixed(results),
+        one_batch=together,
     )
     console.print(table(config, result))
     if result["one_batch"]:
@@ -80,21 +85,31 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
             f"{b['largest_difference']:.1e}; {b['throughput_ratio']:.2f} of a single prompt's speed"
         )
     else:
-        console.print("prompts in one batch: not measured; it takes two starts trained in one go")
+        console.print("prompts in one batch: not measured; it takes two starts")
     draw(config, result, console)
     return result
 
 
-def mixed(results: Results) -> dict[str, Any] | None:
-    """What `one_batch` found, in whichever run was the last."""
-    found = [s["one_batch"] for r in results.values() for s in r["seeds"] if "one_batch" in s]
-    return found[-1] if found else None
+def mixed(runs: list[lora_glue.Config], console: Console) -> dict[str, Any]:
+    """What `one_batch` says of several runs' prompts, as their first seeds have saved them."""
+    first = runs[0]
+    directory = fetch_model(first.model, console)
+    prepared = lora_glue.prepare(first, directory)
+    model = lora_glue.build(first, directory, max(1, len(prepared.data.task.labels)), 0)
+    trainer = lora_glue.trainer_of(first, model, prepared, 0, 1)
+    like = trainer.init().trainable
+
+    def trained(run: lora_glue.Config) -> Any:
+        assert run.out is not None  # every run has a folder here
+        state = jpeft.load(run.out / "seed0" / "adapter.safetensors", like)
+        # On a mesh they stand where training has them.
+        return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, like)
+
+    return one_batch(trainer, [trained(run) for run in runs], prepared)
 
 
 def one_batch(trainer: Any, states: list[Any], prepared: lora_glue.Prepared) -> dict[str, Any]:
     """Validation with every example under another prompt, against each prompt alone."""
-    import jax
-
     from experiments.common.pipeline import in_order
 
     examples = prepared.validation

@@ -22,14 +22,14 @@ from experiments.common.numbers import Quantised
 from experiments.common.pipeline import Batches
 from experiments.common.plots import COLOURS, figure, source_line
 from experiments.common.report import describe_machine, versions, write_json
-from experiments.common.sweep import metric_of, refuse, runs_of, sweep, write_result
+from experiments.common.sweep import SweepConfig, metric_of, refuse, runs_of, sweep, write_result
 from experiments.common.timing import timed_steps
 
 ROUNDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(lora_glue.Config):
+class Config(SweepConfig):
     """Options are those of `lora_glue`, for every run; LoRA is on every linear layer."""
 
     targets: tuple[str, ...] = (LINEAR,)
@@ -49,7 +49,11 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     if len(set(config.formats)) != len(config.formats) or not config.formats:
         raise ValueError(f"--formats are one or more, each once; got {config.formats}")
     claim(config)
-    results = sweep(runs_of(config, {f: {"quantize": f} for f in config.formats}), console)
+    results = sweep(
+        runs_of(config, {f: {"quantize": f} for f in config.formats}),
+        console,
+        processes=config.processes,
+    )
     costs = step_costs(config, console)
     rows: dict[str, dict[str, Any]] = {}
     for name in config.formats:

@@ -7,7 +7,7 @@ import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -43,6 +43,8 @@ def command(
     from sharding.cluster import initialise, is_main
 
     config = tyro.cli(config_type, description=description)
+    if getattr(config, "processes", 1) > 1:
+        runtime.share_device()
     runtime.cache_programs(cache() / "compiled")
     try:
         initialise()
@@ -70,8 +72,13 @@ def ready(out: pathlib.Path | None, overwrite: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def claim(config: Any) -> None:
-    """Make `--out` ready. **Raises:** `ValueError` for one that holds a run not to be lost."""
+def claim(config: Any, free: Sequence[str] = ()) -> None:
+    """Make `--out` ready.
+
+    **Arguments:** `free`, what may change with --resume, since runs' names tell it.
+
+    **Raises:** `ValueError` for one that holds a run not to be lost.
+    """
     from sharding.cluster import barrier, is_main
 
     if config.out is None:
@@ -90,9 +97,9 @@ def claim(config: Any) -> None:
         if not begun:
             raise ValueError(f"--resume: {out} holds no run")
         before = json.loads(stamp.read_text())
-        # A run may go on elsewhere: on another mesh, at another stage.
-        free = {"resume", "overwrite", "out", "save_every", "mesh", "stage"}
-        changed = [k for k in now if k not in free and before.get(k) != now[k]]
+        # A run may go on elsewhere: on another mesh, at another stage, in other processes.
+        moved = {"resume", "overwrite", "out", "save_every", "mesh", "stage", "processes", *free}
+        changed = [k for k in now if k not in moved and before.get(k) != now[k]]
         if changed:
             told = ", ".join(f"{k} was {before.get(k)} and is {now[k]}" for k in changed)
             raise ValueError(f"--resume: this is another run than {out} holds: {told}")

@@ -56,6 +56,11 @@ def restart_tuned() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | environment)
 
 
+def share_device() -> None:
+    """Take memory of an accelerator as it is needed: several processes are to have some."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
 def cache_programs(folder: pathlib.Path) -> None:
     """Keep compiled programs in `folder`, for the next run."""
     import jax

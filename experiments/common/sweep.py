@@ -8,19 +8,39 @@ import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from experiments import lora_glue
+from experiments.common.models import fetch_model
+from experiments.common.parallel import Call, run_all
 from experiments.common.report import describe_machine, versions, write_json
 
 Results = dict[str, dict[str, Any]]
 
 
-def refuse(config: lora_glue.Config, **swept: str) -> None:
-    """**Raises:** `ValueError` for an option of `lora_glue` that the experiment sets itself.
+@dataclasses.dataclass(frozen=True)
+class SweepConfig(lora_glue.Config):
+    """Options are those of `lora_glue`, for every run."""
+
+    processes: int = 1
+    """So many runs at once, each in a process of its own, on the same device."""
+
+
+def refuse(config: SweepConfig, **swept: str) -> None:
+    """**Raises:** `ValueError` for an option of `lora_glue` that the experiment sets itself, and
+    for `--processes` that cannot be.
 
     **Arguments:** `swept`, the option's name and what to use in its place.
     """
+    if config.processes < 1:
+        raise ValueError(f"--processes {config.processes}: at least 1")
+    if config.processes > 1 and config.out is None:
+        raise ValueError("--processes needs --out: the runs' results come back as files")
+    if config.processes > 1 and config.mesh is not None:
+        raise ValueError("--processes has its runs share one device: leave out --mesh")
+    if config.processes > 1 and jax.process_count() > 1:
+        raise ValueError("--processes is for one host: this is a job of several already")
     plain = {f.name: f.default for f in dataclasses.fields(lora_glue.Config)}
     for name, instead in swept.items():
         if getattr(config, name) != plain[name]:
@@ -29,44 +49,85 @@ def refuse(config: lora_glue.Config, **swept: str) -> None:
 
 
 def runs_of(
-    config: lora_glue.Config, changes: Mapping[str, Mapping[str, Any]]
+    config: SweepConfig, changes: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, lora_glue.Config]:
     """One `lora_glue` configuration a name: the experiment's, with changes."""
     names = {f.name for f in dataclasses.fields(lora_glue.Config)}
-    base = {n: getattr(config, n) for n in names} | {"baseline": False, "overwrite": False}
-    return {
-        name: lora_glue.Config(
-            **base
-            | {"out": None if config.out is None else config.out / "runs" / name}
-            | dict(change)
-        )
-        for name, change in changes.items()
-    }
+
+    def one(name: str, change: Mapping[str, Any]) -> lora_glue.Config:
+        out = None if config.out is None else config.out / "runs" / name
+        own: dict[str, Any] = {n: getattr(config, n) for n in names}
+        own |= {"baseline": False, "overwrite": False, "out": out, **change}
+        return lora_glue.Config(**own)
+
+    return {name: one(name, change) for name, change in changes.items()}
 
 
 def sweep(
     runs: Mapping[str, lora_glue.Config],
     console: Console,
     more: Callable[[str], lora_glue.More | None] = lambda name: None,
+    processes: int = 1,
 ) -> Results:
-    """Every run's result by name. A run whose `result.json` stands is not repeated."""
-    from sharding.cluster import is_main
+    """Every run's result by name. A run whose `result.json` stands is not repeated.
 
+    **Arguments:** `more`, for a run by its name, what `lora_glue.main` takes: with several
+    `processes` it has to be importable, a module's function or a `functools.partial` of one.
+
+    **Raises:** `FailedCallsError` for runs that failed in processes of their own, after the others.
+    """
+    if processes > 1:
+        _at_once(runs, console, more, processes)
     results: Results = {}
     for i, (name, config) in enumerate(runs.items(), 1):
-        console.rule(f"{i}/{len(runs)}: {name}")
-        if config.out is not None and (config.out / "result.json").exists():
-            console.print("kept from before")
-            results[name] = json.loads((config.out / "result.json").read_text())
-            continue
-        begun = config.out is not None and (config.out / "config.json").exists()
-        results[name] = lora_glue.main(
-            dataclasses.replace(config, resume=begun), console, more(name)
-        )
-        if config.out is not None and is_main():
-            for folder in config.out.glob("seed*/checkpoint"):
-                shutil.rmtree(folder)  # the trained state stands in adapter.safetensors
+        done = None if config.out is None else config.out / "result.json"
+        kept = done is not None and done.exists()
+        if processes == 1:
+            console.rule(f"{i}/{len(runs)}: {name}")
+            if kept:
+                console.print("kept from before")
+        if done is not None and kept:
+            results[name] = json.loads(done.read_text())
+        else:
+            results[name] = run_one(config, console, more(name))
     return results
+
+
+def _at_once(
+    runs: Mapping[str, lora_glue.Config],
+    console: Console,
+    more: Callable[[str], lora_glue.More | None],
+    processes: int,
+) -> None:
+    """Leave every run's `result.json` in its folder."""
+    calls: dict[str, Call] = {}
+    for name, config in runs.items():
+        assert config.out is not None  # `refuse` has seen to it
+        if not (config.out / "result.json").exists():
+            calls[name] = Call(_printing, (config, more(name)), config.out / "output.txt")
+    if len(calls) < len(runs):
+        console.print(f"{len(runs) - len(calls)} of {len(runs)} runs are kept from before")
+    for model in dict.fromkeys(runs[name].model for name in calls):
+        fetch_model(model, console)  # once, and not by several processes
+    run_all(calls, min(processes, len(calls)), console)
+
+
+def _printing(config: lora_glue.Config, more: lora_glue.More | None) -> None:
+    run_one(config, Console(width=100), more)
+
+
+def run_one(
+    config: lora_glue.Config, console: Console, more: lora_glue.More | None
+) -> dict[str, Any]:
+    """One run, from its last checkpoint where it was begun; its checkpoints are not kept."""
+    from sharding.cluster import is_main
+
+    begun = config.out is not None and (config.out / "config.json").exists()
+    result = lora_glue.main(dataclasses.replace(config, resume=begun), console, more)
+    if config.out is not None and is_main():
+        for folder in config.out.glob("seed*/checkpoint"):
+            shutil.rmtree(folder)  # the trained state stands in adapter.safetensors
+    return result
 
 
 def metric_of(result: Mapping[str, Any], method: str) -> tuple[str, dict[str, float]]:
@@ -91,7 +152,7 @@ def brief(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_result(config: lora_glue.Config, results: Results, **more: Any) -> dict[str, Any]:
+def write_result(config: SweepConfig, results: Results, **more: Any) -> dict[str, Any]:
     """The experiment's `result.json`, where it has a folder; returns what it holds."""
     about = dataclasses.asdict(config)
     about["data"] = next(iter(results.values()))["data"]

@@ -70,8 +70,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-_BOTH = {"gelu": _gelu, "silu": _silu, "swish": _silu}
-_BOTH |= dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), _gelu_tanh)
+_BOTH = {
+    "gelu": _gelu,
+    "silu": _silu,
+    "swish": _silu,
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), _gelu_tanh),
+}
 
 
 def gated(name: str) -> Callable[[Array, Array], Array]:

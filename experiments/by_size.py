@@ -1,0 +1,180 @@
+"""Pre-trained encoders of several sizes: d90 by size, or prompts beside full fine-tuning by size.
+
+`--kind intrinsic_dimension` finds d90, the smallest random subspace (DID, SAID) that reaches 90% of
+full fine-tuning, of every model (Aghajanyan et al. 2021, figures 2 and 3). `--kind methods` trains
+prompts of several lengths, a prefix, everything, and `fixed_prompt` (Lester et al. 2021, figure 1),
+which here is the frozen model with a trained head and no prompt: what is left of the prompt's run
+when no prompt is trained. Without arguments: one model on the sample of this package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any, Literal
+
+from rich.console import Console
+
+from experiments.common import by_size_shown, dimensions, runtime
+from experiments.common.command import claim, command
+from experiments.common.command_line import command_line, without_folders
+from experiments.common.family import Member, members
+from experiments.common.report import describe_machine, mean_and_deviation, versions, write_json
+from experiments.common.sweep import Results, SweepConfig, refuse, runs_of, sweep
+
+FIXED = "fixed_prompt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(SweepConfig):
+    """Options are those of `lora_glue`, for every run; `--lr` is the random subspaces'."""
+
+    kind: Literal["intrinsic_dimension", "methods"] = "intrinsic_dimension"
+    """What is run on every model."""
+    models: tuple[str, ...] = ("minilm",)
+    """Encoders: directories in Hugging Face's layout, such as `pretrain` writes, or `minilm`."""
+    dims: tuple[int, ...] = (50, 200, 1000, 5000)
+    """The numbers of dimensions; SAID's scales, one a layer, are among them."""
+    lengths: tuple[int, ...] = (1, 5, 20, 100)
+    """Virtual tokens of the prompts; --prompt is the prefix's."""
+    least: int = 64
+    """Leave out prompts beside which a model can read fewer tokens of a text than this."""
+    full_epochs: int | None = None
+    """Epochs of full fine-tuning; without it as many as the others'."""
+    full_lr: float | None = None
+    """The rate of full fine-tuning; without it the method's own."""
+
+
+def main(config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Run, print and write the tables and the plots."""
+    console = console or Console()
+    swept = {"model": "--models", "method": "--kind", "dimensions": "--dims"}
+    if config.kind == "methods":
+        swept |= {"lr": "the methods' own, and --full-lr"}
+    refuse(config, **swept)
+    found = members(config.models, console)
+    claim(config, free=("models", "dims", "lengths"))
+    by_model = {m: changes(config, m, console) for m in found}
+    runs = runs_of(
+        config,
+        {
+            f"{member.label}_{name}": {"model": member.name, **change}
+            for member, own in by_model.items()
+            for name, change in own.items()
+        },
+    )
+    results = sweep(runs, console, lambda name: dimensions.constant, config.processes)
+    for name, r in results.items():
+        if r["config"]["model"] != runs[name].model:
+            was = r["config"]["model"]
+            raise ValueError(
+                f"{name} in --out is of {was}, not {runs[name].model}: use another --out"
+            )
+    any_run = next(iter(results.values()))
+    metric = next(iter(any_run["seeds"][0]["validation"]))
+    rows = [row(config, m, tuple(own), results, metric) for m, own in by_model.items()]
+    result = {
+        "experiment": "by_size",
+        "kind": config.kind,
+        "task": config.task,
+        "data": any_run["data"],
+        "metric": metric,
+        "models": rows,
+        "constant": any_run["seeds"][0]["constant"][metric],
+        "wall_seconds": sum(r["wall_seconds"] for r in results.values()),
+        "command": command_line("by_size", config),
+        "config": without_folders(config),
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
+    for table in by_size_shown.tables(result):
+        console.print(table)
+    for note in notes(result):
+        console.print(note)
+    by_size_shown.draw(config.out, result, console)
+    if config.out is not None:
+        write_json(config.out / "result.json", result)
+        console.print(f"written to {config.out}")
+    return result
+
+
+def changes(config: Config, member: Member, console: Console) -> dict[str, dict[str, Any]]:
+    """A model's runs by name, as changes of a `lora_glue` configuration."""
+    full = {"epochs": config.full_epochs or config.epochs, "lr": config.full_lr}
+    if config.kind == "intrinsic_dimension":
+        kept = tuple(d for d in config.dims if d < member.parameters)
+        if len(kept) < len(config.dims):
+            console.print(f"{member.title}: dimensions beyond its parameters are left out")
+        return dimensions.changes(kept, full)
+    out: dict[str, dict[str, Any]] = {"full": full | {"method": "full"}, FIXED: {"method": "head"}}
+    for n in config.lengths:
+        left = min(config.length, member.longest - n)
+        if left < min(config.least, config.length):
+            console.print(
+                f"{member.title}: a prompt of {n} is left out, since {left} of the "
+                f"{member.longest} tokens that it reads would be left for a text"
+            )
+            continue
+        out[f"prompt_{n}"] = {"method": "prompt", "prompt": n}
+    return out | {"prefix": {"method": "prefix"}}
+
+
+def row(
+    config: Config, member: Member, names: tuple[str, ...], results: Results, metric: str
+) -> dict[str, Any]:
+    """One model's scores, and what follows from them."""
+    scores = {
+        name: scored([s["validation"][metric] for s in results[f"{member.label}_{name}"]["seeds"]])
+        for name in names
+    }
+    about: dict[str, Any] = {
+        "family": member.family,
+        "size": member.size,
+        "parameters": member.parameters,
+        "step": member.step,
+        "seeds": config.seeds,
+    }
+    if config.kind == "methods":
+        return about | {"scores": scores}
+    full = scores["full"]
+    by_kind = {
+        kind: {
+            name.removeprefix(f"{kind}_"): s for name, s in scores.items() if name.startswith(kind)
+        }
+        for kind in dimensions.KINDS
+    }
+
+    def d90(kind: str, of: Any) -> int | None:
+        return dimensions.smallest({int(d): of(s) for d, s in by_kind[kind].items()}, of(full))
+
+    return about | {
+        "full": full,
+        "scores": by_kind,
+        "d90": {kind: d90(kind, lambda s: s["mean"]) for kind in by_kind},
+        "d90_seeds": {
+            kind: [d90(kind, lambda s, i=i: s["values"][i]) for i in range(config.seeds)]
+            for kind in by_kind
+        },
+    }
+
+
+def scored(values: list[float]) -> dict[str, Any]:
+    """Mean, deviation, and each seed's score."""
+    return mean_and_deviation(values) | {"values": values}
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """Where answering the largest class alone would count as 90%."""
+    if result["kind"] == "methods":
+        return []
+    found: list[str] = []
+    for m in result["models"]:
+        note = dimensions.hollow(result["metric"], result["constant"], m["full"]["mean"])
+        if note:
+            found.append(f"{by_size_shown.title(m)}: {note}")
+    return found
+
+
+if __name__ == "__main__":
+    runtime.restart_tuned()
+    sys.exit(command("by_size", Config, main, __doc__))
