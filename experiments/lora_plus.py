@@ -42,14 +42,16 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     for ratio in config.ratios:
         result = results[f"ratio_{ratio:g}"]
         metric, score = metric_of(result, "lora")
-        curve = np.mean([s["losses"] for s in result["seeds"]], axis=0)
-        kept = len(curve) // config.window * config.window
-        means = curve[:kept].reshape(-1, config.window).mean(1) if kept else curve[:0]
+        each = np.asarray([s["losses"] for s in result["seeds"]])
+        windows = each.shape[1] // config.window
+        kept = each[:, : windows * config.window]
+        means = kept.reshape(len(each), windows, config.window).mean(2)
         rows[f"{ratio:g}"] = {
             "metric": metric,
             "score": score,
-            "curve": [round(float(x), 5) for x in means],
-            "last_loss": float(curve[-config.window :].mean()),
+            "curve": rounded(means.mean(0)),
+            "curves": [rounded(x) for x in means],
+            "last_loss": float(each[:, -config.window :].mean()),
         }
     base = rows.get("1", next(iter(rows.values())))["last_loss"]
     for row in rows.values():
@@ -59,6 +61,11 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     console.print(table(rows))
     draw(config, result, rows, console)
     return result
+
+
+def rounded(values: np.ndarray) -> list[float]:
+    """To five decimals."""
+    return [round(float(x), 5) for x in values]
 
 
 def table(rows: dict[str, Any]) -> Table:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from experiments.common import claims_scores as scores
 from experiments.common.claims import POINTS, TIMES, Claim, Results, Verdict, decide, undecided
 from experiments.common.claims_intervals import of_mean
@@ -138,7 +136,8 @@ def judge_steps(results: Results) -> Verdict:
     )
     if ratio is None or "1" not in rows:
         return undecided(ours, "it takes ratio 1 and a larger one")
-    plain, fast = (curves(result, r) for r in ("1", ratio))
+    # Each seed's losses, in windows.
+    plain, fast = (rows[r].get("curves") for r in ("1", ratio))
     if plain is None or fast is None:
         return undecided(ours, "the file holds losses as their mean over seeds alone: no interval")
     window = int(result["config"]["window"])
@@ -149,22 +148,6 @@ def judge_steps(results: Results) -> Verdict:
     found = of_mean(gains, "seeds, paired")
     shown = None if found is None else found.map(math.exp)
     return decide(shown, 1.0, TIMES, what=f"ratio {ratio}, fewer steps by", ours=ours)
-
-
-def curves(result: Mapping[str, Any], ratio: str) -> list[list[float]] | None:
-    """Each seed's losses in windows, where the result has them; else None."""
-    row = result["rows"][ratio]
-    if "curves" in row:
-        return row["curves"]
-    seeds = result["runs"][f"ratio_{ratio}"]["seeds"]
-    if any("losses" not in s for s in seeds):
-        return None
-    window = int(result["config"]["window"])
-    out: list[list[float]] = []
-    for s in seeds:
-        kept = len(s["losses"]) // window * window
-        out.append(list(np.reshape(s["losses"][:kept], (-1, window)).mean(1)))
-    return out
 
 
 def steps_to(curve: Sequence[float], loss: float, window: int) -> int:

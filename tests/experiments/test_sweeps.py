@@ -157,6 +157,7 @@ def test_lora_plus(made):
     # A rate at which five steps move a loss of five digits.
     result, said = run(lora_plus, made, ratios=(1.0, 16.0), window=1, lr=0.03)
     assert len(result["rows"]["16"]["curve"]) == 5
+    assert result["rows"]["16"]["curves"] == [result["rows"]["16"]["curve"]]
     assert result["rows"]["1"]["curve"][0] == result["rows"]["16"]["curve"][0]
     assert abs(result["rows"]["1"]["curve"][-1] - result["rows"]["16"]["curve"][-1]) > 1e-3
     assert "ratio" in said
