@@ -234,8 +234,8 @@ def virtual_tokens(
       `attention_mask` ones, `token_type_ids` zeros, `labels` -100 (no loss there), `position_ids`
       are made again from zero on, later ones moved up. What has another shape than `input_ids`
       stays.
-    - `first`, the first virtual id: the table's number of rows for a prompt; for a prefix any
-      token's, since it is not read.
+    - `first`, the first virtual id: the table's number of rows for a prompt; 0 for a prefix, whose
+      ids are all 0, since they are not read.
     - `after`, how many tokens stay before them; 1 for encoders whose first token is read.
     - `task`, each row's task: a row of no task (-1) gets its room at the end, masked, so that it
       runs as it would without.
@@ -244,7 +244,7 @@ def virtual_tokens(
     """
     ids = jnp.asarray(batch["input_ids"])
     rows, t = ids.shape
-    new = jnp.broadcast_to(first + jnp.arange(length), (rows, length))
+    new = jnp.broadcast_to(first + jnp.arange(length) * (first > 0), (rows, length))
     fill = {"input_ids": new, "attention_mask": 1, "token_type_ids": 0, "labels": -100}
     # Where every new position comes from in the row with its room appended.
     room = jnp.arange(t, t + length)

@@ -136,9 +136,7 @@ class Ours:
         length = room(self.job["method"])
         if not length:
             return made
-        made = jpeft.virtual_tokens(made, length=length)
-        # A small vocabulary has not so many tokens; what stands there is not read.
-        return made | {"input_ids": made["input_ids"].at[:, :length].set(0)}
+        return jpeft.virtual_tokens(made, length=length)
 
     def _arguments(self, batch: dict[str, Any]) -> list[Any]:
         names = ("input_ids", "attention_mask", "token_type_ids")

@@ -280,3 +280,8 @@ def test_errors(unchecked):
         jpeft.lift(model.apply)(method.rewrite(model.params, state), zoo.IDS[:, :1])
     with pytest.raises(jpeft.TargetError, match="has 2 positions, the transform 3"):
         jpeft.PrefixTuning(3, KEYS_AND_VALUES).rewrite(model.params, state)
+
+
+def test_a_prefixs_ids_are_in_any_vocabulary():
+    out = jpeft.virtual_tokens({"input_ids": jnp.array([[5, 6]])}, length=3)
+    np.testing.assert_array_equal(out["input_ids"], [[0, 0, 0, 5, 6]])
