@@ -10,12 +10,12 @@ import dataclasses
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import tyro
 
-from experiments.common.figure_parts import ROOT, FiguresError, markdown, read, source
-from experiments.common.figure_speed import account, large, peers, peers_gpu, steps
+from experiments.common.figure_parts import ROOT, FiguresError, markdown, read, score, source
+from experiments.common.figure_speed import account, bases, large, peers, peers_gpu, steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +26,6 @@ class Config:
     """The page to write into."""
     check: bool = False
     """Only tell whether the page is as the results are."""
-
-
-def score(value: Mapping[str, float]) -> str:
-    """In points, mean and deviation."""
-    text = f"{100 * value['mean']:.1f}"
-    return f"{text} ± {100 * value['std']:.1f}" if value["std"] else text
 
 
 def glue() -> str:
@@ -212,6 +206,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "finetune": finetune,
     "account": account,
     "large": large,
+    "bases": bases,
 }
 
 

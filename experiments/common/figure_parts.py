@@ -36,3 +36,9 @@ def source(result: Mapping[str, Any]) -> str:
     names = [n for n in ("jax", "flax", "torch", "transformers", "peft") if n in v]
     where = ", ".join(dict.fromkeys(m["devices"])) if m["platform"] != "cpu" else m["processor"]
     return f"{where}, {m['cores']} cores, {', '.join(f'{n} {v[n]}' for n in names)}, {m['date']}"
+
+
+def score(value: Mapping[str, float]) -> str:
+    """In points, mean and deviation."""
+    text = f"{100 * value['mean']:.1f}"
+    return f"{text} ± {100 * value['std']:.1f}" if value["std"] else text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from experiments.common.figure_parts import markdown, read, source
+from experiments.common.figure_parts import markdown, read, score, source
 
 
 def peers() -> str:
@@ -110,6 +110,26 @@ def account() -> str:
         f"{r['versions']['libtpu']}, {source(r)}."
     )
     return f"{markdown([*header, 'on the host, GB'], rows)}\n\n{about}"
+
+
+def bases() -> str:
+    """`qlora` on SST-2: one adapter on bases in several formats."""
+    r = read("qlora", "sst2")
+    rows = [
+        [
+            name,
+            score(row),
+            f"{row['base_mib']:.0f}",
+            f"{row['memory_mib']:,.0f}",
+            f"{row['step_ms']:,.0f}",
+        ]
+        for name, row in r["rows"].items()
+    ]
+    c = r["config"]
+    metric = next(iter(r["rows"].values()))["metric"]
+    header = ["base", f"{metric}, %", "MiB of the base", "MiB a step", "ms a step"]
+    epochs = "1 epoch" if c["epochs"] == 1 else f"{c['epochs']} epochs"
+    return f"{markdown(header, rows)}\n\n{c['seeds']} seeds, {epochs}; {source(r)}."
 
 
 def large() -> str:
