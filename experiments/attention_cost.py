@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common.command import command
-from experiments.common.plots import COLOURS, figure
+from experiments.common.plots import COLOURS, figure, made_on
 from experiments.common.report import describe_machine, versions, write_json
 
 KINDS = ("full", "shifted")
@@ -102,10 +102,7 @@ def table(config: Config, rows: dict[str, dict[str, dict[str, float]]]) -> Table
 
 def draw(config: Config, result: dict[str, Any], console: Console) -> None:
     """Flops against length, both axes logarithmic."""
-    machine = result["machine"]
-    where = machine["processor"] if machine["platform"] == "cpu" else machine["devices"][0]
-    source = f"compiled for {where}, jax {result['versions']['jax']}, {machine['date']}"
-    with figure(config.out, "attention_cost", source, console) as axes:
+    with figure(config.out, "attention_cost", f"compiled for {made_on(result)}", console) as axes:
         if axes is None:
             return
         lengths = sorted(config.lengths)

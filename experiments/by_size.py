@@ -17,9 +17,14 @@ from rich.console import Console
 
 from experiments.common import by_size_shown, dimensions, runtime
 from experiments.common.command import claim, command
-from experiments.common.command_line import command_line, without_folders
 from experiments.common.family import Member, members
-from experiments.common.report import describe_machine, mean_and_deviation, versions, write_json
+from experiments.common.report import (
+    describe_machine,
+    scored,
+    versions,
+    without_folders,
+    write_json,
+)
 from experiments.common.sweep import Results, SweepConfig, refuse, runs_of, sweep
 
 FIXED = "fixed_prompt"
@@ -82,8 +87,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         "models": rows,
         "constant": any_run["seeds"][0]["constant"][metric],
         "wall_seconds": sum(r["wall_seconds"] for r in results.values()),
-        "command": command_line("by_size", config),
-        "config": without_folders(config),
+        "config": without_folders(config) | {"data": any_run["data"] if config.data else None},
         "machine": describe_machine(),
         "versions": versions(),
     }
@@ -156,11 +160,6 @@ def row(
             for kind in by_kind
         },
     }
-
-
-def scored(values: list[float]) -> dict[str, Any]:
-    """Mean, deviation, and each seed's score."""
-    return mean_and_deviation(values) | {"values": values}
 
 
 def notes(result: dict[str, Any]) -> list[str]:

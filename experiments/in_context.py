@@ -22,10 +22,15 @@ from rich.console import Console
 
 from experiments.common import in_context_shown, runtime
 from experiments.common.command import claim, command
-from experiments.common.command_line import command_line, short, without_folders
 from experiments.common.models import fetch_model
 from experiments.common.parallel import Call, run_all
-from experiments.common.report import describe_machine, versions, write_json
+from experiments.common.report import (
+    describe_machine,
+    last_names,
+    versions,
+    without_folders,
+    write_json,
+)
 from experiments.common.tasks import load
 from experiments.common.wordings import WORDINGS
 
@@ -111,8 +116,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         "majority": found[0]["majority"],
         "models": models,
         "wall_seconds": sum(f["wall_seconds"] for f in found),
-        "command": command_line("in_context", config),
-        "config": without_folders(config),
+        "config": without_folders(config) | {"data": found[0]["data"] if config.data else None},
         "machine": describe_machine(),
         "versions": versions(),
     }
@@ -127,7 +131,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """**Raises:** `ValueError` for options that cannot be."""
-    if not config.models or len({short(n) for n in config.models}) < len(config.models):
+    if not config.models or len({last_names(n) for n in config.models}) < len(config.models):
         raise ValueError("--models: one or more, of different names (the last three of a path)")
     for name in ("sets", "orders", "queries", "pool", "steps", "rows", "batch", "processes"):
         if getattr(config, name) < 1:
@@ -145,7 +149,7 @@ def kept(config: Config) -> dict[str, pathlib.Path]:
     """Each model's own `result.json`."""
     assert config.out is not None  # `check` has seen to it
     runs = config.out / "runs"
-    return {n: runs / short(n).replace("/", "_") / "result.json" for n in config.models}
+    return {n: runs / last_names(n).replace("/", "_") / "result.json" for n in config.models}
 
 
 def one(config: Config, name: str, console: Console | None) -> dict[str, Any]:

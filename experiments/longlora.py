@@ -22,7 +22,7 @@ from experiments.common.command import command
 from experiments.common.console import bar
 from experiments.common.long_texts import draw_rows, read_texts
 from experiments.common.numbers import Precision, Stage
-from experiments.common.plots import COLOURS, figure
+from experiments.common.plots import COLOURS, figure, made_on
 from experiments.common.report import describe_machine, versions, write_json
 from experiments.common.timing import timed_steps
 
@@ -303,13 +303,12 @@ def table(sizes: Sizes, rows: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def draw(config: Config, result: dict[str, Any], console: Console) -> None:
     """Perplexity against context, one line a variant."""
-    machine, sizes = result["machine"], result["sizes"]
-    where = machine["processor"] if machine["platform"] == "cpu" else machine["devices"][0]
+    sizes = result["sizes"]
     model = "a random Llama" if config.model is None else config.model.stem
     texts = "the sample" if config.data is None else config.data.name
     source = (
         f"{model} ({sizes['trained']} tokens) on {texts}, {config.steps} steps of {config.batch} x "
-        f"{sizes['length']}; {where}, jax {result['versions']['jax']}, {machine['date']}"
+        f"{sizes['length']}; {made_on(result)}"
     )
     with figure(config.out, "longlora", source, console) as axes:
         if axes is None:

@@ -26,7 +26,7 @@ from experiments.common.methods import RECIPES, Sizes
 from experiments.common.metrics import evaluate
 from experiments.common.models import fetch_model
 from experiments.common.pipeline import Batches
-from experiments.common.plots import COLOURS, figure
+from experiments.common.plots import COLOURS, figure, made_on
 from experiments.common.report import describe_machine, versions, write_json
 
 if TYPE_CHECKING:
@@ -176,11 +176,8 @@ def table(config: Config, result: dict[str, Any]) -> Table:
 
 def draw(config: Config, result: dict[str, Any], console: Console) -> None:
     """Losses against steps, as running means."""
-    machine = result["machine"]
-    where = machine["processor"] if machine["platform"] == "cpu" else machine["devices"][0]
     name = pathlib.Path(config.model).name
-    source = f"{name} on {config.task}, rate {config.lr:g}; {where}, "
-    source += f"jax {result['versions']['jax']}, {machine['date']}"
+    source = f"{name} on {config.task}, rate {config.lr:g}; {made_on(result)}"
     with figure(config.out, "precision", source, console) as axes:
         if axes is None:
             return

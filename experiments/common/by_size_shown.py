@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common.dimensions import KINDS
-from experiments.common.plots import COLOURS, figure
+from experiments.common.plots import COLOURS, figure, made_on, seeds
 
 NAMES = {"full": "full fine-tuning", "fixed_prompt": "head alone", "prefix": "prefix"}
 
@@ -169,12 +169,8 @@ def _draw_scores(
 
 
 def _source(result: Mapping[str, Any]) -> str:
-    machine, seeds = result["machine"], result["config"]["seeds"]
-    where = machine["processor"] if machine["platform"] == "cpu" else machine["devices"][0]
-    return (
-        f"{len(result['models'])} encoders on {result['task']}, {seeds} seed"
-        f"{'s' if seeds > 1 else ''}; {where}, jax {result['versions']['jax']}, {machine['date']}"
-    )
+    models = f"{len(result['models'])} encoders on {result['task']}"
+    return f"{models}, {seeds(result['config']['seeds'])}; {made_on(result)}"
 
 
 def _age(model: Mapping[str, Any]) -> float:

@@ -6,7 +6,6 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PRNGKeyArray
@@ -25,7 +24,6 @@ from experiments.common.texts import (
 )
 from jpeft.hf import Family, load_model
 from jpeft.hf.models import LLAMA, read_kind
-from jpeft.models.causal import Implementation
 from jpeft.models.gpt2 import Gpt2
 from jpeft.models.llama import Llama, LlamaConfig
 from jpeft.models.llama2c import load_llama2c
@@ -158,15 +156,6 @@ class Loaded:
         return isinstance(self.model, T5)
 
 
-def attention_of(config: Any, dtype: Any) -> Implementation:
-    """Flash attention on a GPU, for a model that can have it; else XLA's."""
-    if jax.default_backend() != "gpu" or jnp.dtype(dtype) != jnp.bfloat16:
-        return None
-    if isinstance(config, LlamaConfig):
-        return "cudnn" if config.attn_logit_softcapping is None else None
-    return "cudnn" if getattr(config, "attn_pdrop", 1.0) == 0 else None
-
-
 def load(
     name: str,
     vocabulary: pathlib.Path | None,
@@ -201,9 +190,8 @@ def load(
         model = load_llama2c(path, dtype=dtype)
         return Loaded(model, llama2c_codec(vocabulary, model.config.vocab_size), LLAMA, None)
     directory = fetch_model(name, console)
-    kind, config = read_kind(directory)
+    kind, _ = read_kind(directory)
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": jnp.float32, "remat": remat}
-    options["implementation"] = attention_of(config, dtype)
     if quantize in ("nf4", "fp4", "int8"):
         # What is not quantised is frozen too: in the type that is computed in.
         options["param_dtype"] = dtype

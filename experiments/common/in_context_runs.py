@@ -21,7 +21,7 @@ from experiments.common.label_scores import Scorer, lengths
 from experiments.common.methods import Sizes
 from experiments.common.metrics import majority
 from experiments.common.readers import Row
-from experiments.common.report import mean_and_deviation
+from experiments.common.report import scored
 from experiments.common.scale import compute_dtype
 from experiments.common.shots import Prompt
 from experiments.common.tasks import Dataset
@@ -252,8 +252,3 @@ def trained(
         out[str(k)] = scored(values)
         console.print(f"LoRA on {k} examples: {out[str(k)]['mean']:.4f}")
     return out
-
-
-def scored(values: list[float]) -> dict[str, Any]:
-    """Mean, deviation, and each set's accuracy."""
-    return mean_and_deviation(values) | {"values": values}

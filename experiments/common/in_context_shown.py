@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common.by_size_shown import title
-from experiments.common.plots import COLOURS, figure
+from experiments.common.plots import COLOURS, figure, made_on
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
@@ -57,11 +57,8 @@ def _ends(values: Sequence[float]) -> str:
 
 def draw(out: pathlib.Path | None, result: Mapping[str, Any], console: Console) -> None:
     """Accuracy against examples: demonstrations solid, LoRA dashed, a colour for each model."""
-    machine = result["machine"]
-    where = machine["processor"] if machine["platform"] == "cpu" else machine["devices"][0]
     source = f"{result['models'][0]['queries']} texts of {result['task']}, bars over "
-    source += f"{result['config']['sets']} sets; {where}, jax {result['versions']['jax']}, "
-    source += machine["date"]
+    source += f"{result['config']['sets']} sets; {made_on(result)}"
     with figure(out, "in_context", source, console) as axes:
         if axes is None:
             return

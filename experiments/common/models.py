@@ -32,13 +32,15 @@ def cache() -> pathlib.Path:
     return pathlib.Path(base) / "jpeft"
 
 
-def cpu_layout() -> dict[str, int]:
-    """Options of a model for this machine: on a CPU straight-line layers and attention in pieces,
-    measured to be a fifth faster there; elsewhere none, which is a scan over the layers.
+def cpu_layout(encoder: bool = True) -> dict[str, int]:
+    """Options of a model for this machine: on a CPU straight-line layers and, of an encoder,
+    attention in pieces, which are faster there; elsewhere none, which is a scan over the layers.
     """
     import jax
 
-    return {"unroll": 64, "attention_rows": 8} if jax.default_backend() == "cpu" else {}
+    if jax.default_backend() != "cpu":
+        return {}
+    return {"unroll": 64, "attention_rows": 8} if encoder else {"unroll": 64}
 
 
 def fetch_model(name: str, console: Console | None = None) -> pathlib.Path:

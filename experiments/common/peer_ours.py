@@ -113,13 +113,12 @@ class Ours:
         kind = str(read_config(folder)["model_type"])
         dtype = jnp.dtype("float32" if job["precision"] == "fp32" else "bfloat16")
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "remat": job["remat"]}
-        options |= cpu_layout()
+        options |= cpu_layout(kind in ENCODERS)
         if kind in ENCODERS:
             if job["method"] == "qlora":
                 options["quantize"] = jpeft.Quantize(LINEAR)
             key = jax.random.key(0)
             return load_sequence_classifier(folder, LABELS, key=key, **options)[0], kind
-        options.pop("attention_rows", None)
         if job["device"] == "gpu" and dtype == jnp.bfloat16:
             options["implementation"] = "cudnn"
         if job["method"] == "qlora":

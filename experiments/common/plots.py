@@ -49,11 +49,18 @@ def figure(
 
 def source_line(result: Mapping[str, Any]) -> str:
     """Where a figure's numbers come from, in one line."""
-    machine, config = result["machine"], result["config"]
-    seeds = f"{config['seeds']} seed" + ("s" if config["seeds"] > 1 else "")
-    where = machine["processor"] if machine["platform"] == "cpu" else machine["devices"][0]
+    config = result["config"]
     model = pathlib.Path(config["model"]).name
-    return (
-        f"{model} on {config['task']}, {seeds}; {where}, jax {result['versions']['jax']}, "
-        f"{machine['date']}"
-    )
+    return f"{model} on {config['task']}, {seeds(config['seeds'])}; {made_on(result)}"
+
+
+def made_on(result: Mapping[str, Any]) -> str:
+    """The processor or device, JAX's version and the date."""
+    machine = result["machine"]
+    where = machine["processor"] if machine["platform"] == "cpu" else machine["devices"][0]
+    return f"{where}, jax {result['versions']['jax']}, {machine['date']}"
+
+
+def seeds(count: int) -> str:
+    """So many seeds, in words."""
+    return f"{count} seed" + ("s" if count > 1 else "")

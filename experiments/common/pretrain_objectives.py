@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 import jpeft
 from experiments.common import pretrain_head
+from experiments.common.models import cpu_layout
 from experiments.common.pretrain_head import MaskedBert
 from experiments.common.pretrain_masks import masked
 from experiments.common.pretrain_sizes import Family, Shape
@@ -77,8 +78,7 @@ def _encoder(shape: Shape, v: Vocabulary, length: int, dtype: Any, rngs: nnx.Rng
         initializer_range=_deviation(shape),
         pad_token_id=v.pad,
     )
-    rows = {"attention_rows": 8} if _on_cpu() else {}
-    model = MaskedBert(config, rngs=rngs, dtype=dtype, **_layers(), **rows)
+    model = MaskedBert(config, rngs=rngs, dtype=dtype, **cpu_layout())
     apply, params = jpeft.functional(model)
 
     def loss(params: Any, windows: Any, key: Any) -> Any:
@@ -103,13 +103,14 @@ def _decoder(shape: Shape, v: Vocabulary, length: int, dtype: Any, rngs: nnx.Rng
         bos_token_id=v.first,
         eos_token_id=v.end,
     )
-    model = Llama(config, rngs=rngs, dtype=dtype, **_layers())
+    model = Llama(config, rngs=rngs, dtype=dtype, **cpu_layout(encoder=False))
     apply, params = jpeft.functional(model)
 
     def loss(params: Any, windows: Any, key: Any) -> Any:
         del key
         ids = _framed(windows, v, end=False)
-        return apply(params, ids, labels=ids, chunk=_CHUNK if _on_cpu() else ids.size)
+        on_cpu = jax.default_backend() == "cpu"
+        return apply(params, ids, labels=ids, chunk=_CHUNK if on_cpu else ids.size)
 
     return Objective(model, _scaled(params, shape.layers), length - 1, loss, axes_of(model))
 
@@ -130,7 +131,7 @@ def _encoder_decoder(
         eos_token_id=v.end,
         decoder_start_token_id=v.pad,
     )
-    model = T5(config, rngs=rngs, dtype=dtype, **_layers())
+    model = T5(config, rngs=rngs, dtype=dtype, **cpu_layout(encoder=False))
     apply, params = jpeft.functional(model)
     # T5's words start at a deviation of 1, for an optimiser whose steps grow with what they move.
     # For Adam they start as the other families', and the last norm undoes the head's scaling.
@@ -163,12 +164,3 @@ def _scaled(params: Any, layers: int) -> Any:
     """
     found = {p: x for p, x in flatten(params).items() if re.search(_BRANCHES, p)}
     return replace(params, {p: x * (2 * layers) ** -0.5 for p, x in found.items()})
-
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
-
-
-def _layers() -> dict[str, Any]:
-    """Straight-line layers on a CPU, which is faster there; else a scan."""
-    return {"unroll": 64} if _on_cpu() else {}

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.plots import COLOURS, figure
+from experiments.common.plots import COLOURS, figure, made_on
 from experiments.common.pretrain_sizes import FAMILIES
 
 # What a loss is over, which differs: losses compare within a family.
@@ -36,13 +36,15 @@ def table(result: Mapping[str, Any]) -> Table:
     return out
 
 
-def draw(out: pathlib.Path, result: Mapping[str, Any], console: Console) -> None:
+def draw(out: pathlib.Path, result: dict[str, Any], console: Console) -> None:
     """`pretrain`, loss against parameters, and `pretrain_steps`, loss against steps."""
     if not result["models"]:
         return
     families = [f for f in FAMILIES if any(m["family"] == f for m in result["models"])]
     of = {f: [m for m in result["models"] if m["family"] == f] for f in families}
-    source = _source(result)
+    # The last model's: a folder may have models that other machines trained.
+    last = result | {"machine": result["models"][-1]["machine"]}
+    source = f"{result['data']['source']}; {made_on(last)}"
     with figure(out, "pretrain", source, console) as axes:
         if axes is not None:
             for colour, marker, (family, models) in zip(
@@ -77,11 +79,3 @@ def _logarithmic(axes: Any, name: str) -> None:
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.3, which="both")
-
-
-def _source(result: Mapping[str, Any]) -> str:
-    machine = result["models"][-1]["machine"]
-    where = machine["processor"] if machine["platform"] == "cpu" else machine["devices"][0]
-    return (
-        f"{result['data']['source']}; {where}, jax {result['versions']['jax']}, {machine['date']}"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -69,6 +70,27 @@ def mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
     """`mean`, and `std` as a sample's (0 for one value)."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "std": deviation}
+
+
+def scored(values: Sequence[float]) -> dict[str, Any]:
+    """`mean_and_deviation` with the `values` themselves, for intervals."""
+    return mean_and_deviation(values) | {"values": list(values)}
+
+
+def without_folders(config: Any) -> dict[str, Any]:
+    """A configuration as a dictionary, with None for folders, and models' last three names."""
+    about = dataclasses.asdict(config)
+    for name, value in about.items():
+        if isinstance(value, pathlib.Path):
+            about[name] = None
+        elif name == "models":
+            about[name] = [last_names(x) for x in value]
+    return about
+
+
+def last_names(model: str) -> str:
+    """The last three names of a directory: a pre-trained model's family, size and step."""
+    return "/".join(pathlib.Path(model).parts[-3:])
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

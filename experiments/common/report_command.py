@@ -1,4 +1,4 @@
-"""The command that made a result: as its file says, or made again from the configuration in it."""
+"""The command that made a result, made again from the configuration in its file."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ UNTOLD = {"precision": ["--data", "DIR"]}
 
 
 def command_of(result: Result, root: str = "docs/results") -> str:
-    """A line for the shell; data stands as DIR."""
-    if "command" in result.data:
-        given = result.data["command"]
-        return given if isinstance(given, str) else shlex.join(given)
+    """A line for the shell; data stands as DIR, the folder of a family of models as MODELS."""
     config = result.data.get("config")
     words = BARE.get(result.experiment, []) if config is None else _flags(result.experiment, config)
     line = ["python", "-m", f"experiments.{result.experiment}", *words]
@@ -46,7 +43,8 @@ def _flags(experiment: str, config: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, bool):
             out.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, list):
-            out += [f"--{flag}", *(str(x) for x in value)]
+            within = "MODELS/" if name == "models" else ""
+            out += [f"--{flag}", *(f"{within}{x}" if "/" in str(x) else str(x) for x in value)]
         else:
             out += [f"--{flag}", "DIR" if name == "data" else _told(value)]
     return out + UNTOLD.get(experiment, [])

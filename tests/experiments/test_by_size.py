@@ -11,9 +11,10 @@ from flax import nnx
 from rich.console import Console
 
 from experiments import by_size, lora_glue
-from experiments.common.command_line import command_line
 from experiments.common.family import member, members
 from experiments.common.models import ModelError
+from experiments.common.report_command import command_of
+from experiments.common.report_read import Result
 from jpeft.hf import CheckpointError, save_model
 from jpeft.models.llama import Llama, LlamaConfig
 from tests.tiny import write_model, write_task
@@ -114,11 +115,10 @@ def test_d90_by_size_and_along_training(family, made, monkeypatch):
     full, did = seen["encoder_0.1m_step64_full"], seen["encoder_0.1m_step64_DID_20"]
     assert (full.epochs, full.lr, did.epochs, did.lr) == (3, 0.01, 1, 0.3)
     assert "> 40" in said
-    assert result["command"].startswith("python -m experiments.by_size --task sst2 --data DIR ")
-    assert "--models MODELS/encoder/0.1m/model " in result["command"]
-    assert "--out OUT" in result["command"]
-    config = by_size.Config(out=pathlib.Path("docs/results/by_size/x"), baseline=False)
-    assert command_line("by_size", config).endswith("--no-baseline --out docs/results/by_size/x")
+    told = command_of(Result("by_size/x", made["out"], result, ()))
+    assert told.startswith("python -m experiments.by_size --task sst2 --data DIR ")
+    assert "--models MODELS/encoder/0.1m/model " in told
+    assert told.endswith("--out docs/results/by_size/x")
     written = (made["out"] / "result.json").read_text()
     assert str(made["out"].parent) not in written
     assert json.loads(written)["models"] == result["models"]

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jpeft
 from jpeft.models.cache import positions_of
-from jpeft.models.causal import causal_attention
+from jpeft.models.causal import causal_attention, may_read
 from jpeft.models.gpt2 import Gpt2, Gpt2Config
 from jpeft.models.llama import Llama, LlamaConfig
 from jpeft.models.loss import next_token_loss
@@ -187,3 +187,32 @@ def test_attention_without_a_mask_reads_up_to_its_own(softcap):
     tri = jnp.tri(7, dtype=bool)[None]
     got, want = (causal_attention(q, k, v, m, scale=0.3, softcap=softcap) for m in (None, tri))
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's attention needs an NVIDIA GPU")
+@pytest.mark.parametrize("keep", ["none", "right", "left"])
+def test_cudnns_attention_is_xlas(keep):
+    keys = jax.random.split(KEY, 3)
+    q = jax.random.normal(keys[0], (2, 128, 4, 64), jnp.bfloat16)
+    k, v = (jax.random.normal(x, (2, 128, 2, 64), jnp.bfloat16) for x in keys[1:])
+    mask = {
+        "none": None,
+        "right": jnp.broadcast_to(jnp.arange(128) < 100, (2, 128)),
+        "left": jnp.broadcast_to(jnp.arange(128) >= 28, (2, 128)),
+    }[keep]
+    reads = None
+    if mask is not None:
+        at = positions_of(mask.astype(jnp.int32))
+        reads = may_read(at, at)
+    real = jnp.ones((2, 128), bool) if mask is None else mask
+
+    def run(implementation):
+        def total(q, k, v):
+            out = causal_attention(q, k, v, reads, scale=0.125, implementation=implementation)
+            return jnp.sum(jnp.where(real[..., None, None], out.astype(jnp.float32), 0) ** 2)
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
+
+    for got, want in zip(*(jax.tree.leaves(run(i)) for i in ("cudnn", "xla")), strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (got, want))
+        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
