@@ -36,8 +36,8 @@ class Config(SweepConfig):
 
     kind: Literal["intrinsic_dimension", "methods"] = "intrinsic_dimension"
     """What is run on every model."""
-    models: tuple[str, ...] = ("minilm",)
-    """Encoders: directories in Hugging Face's layout, such as `pretrain` writes, or `minilm`."""
+    models: tuple[str, ...] = ("novels",)
+    """Encoders: directories such as `pretrain` writes, `novels`, `minilm`, or names on the hub."""
     dims: tuple[int, ...] = (50, 200, 1000, 5000)
     """The numbers of dimensions; SAID's scales, one a layer, are among them."""
     lengths: tuple[int, ...] = (1, 5, 20, 100)

@@ -1,12 +1,13 @@
 """Every method on one task: score, trained parameters, time of a step and its memory.
 
-Without arguments: all-MiniLM-L6-v2 on the sample of this package, one seed.
+Without arguments: this package's encoder on its sample, one seed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -54,8 +55,9 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     for method in config.long:
         if method in changes and config.long_epochs is not None:
             changes[method]["epochs"] = config.long_epochs
-    results = sweep(runs_of(config, changes), console, processes=config.processes)
-    steps = step_costs(config, console)
+    runs = runs_of(config, changes)
+    results = sweep(runs, console, processes=config.processes)
+    steps = step_costs(config, runs, console)
     rows = {m: row(results[m], m) | steps[m] for m in config.methods}
     result = write_result(config, results, rows=rows)
     console.print(table(rows, config.seeds))
@@ -63,20 +65,20 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     return result
 
 
-def step_costs(config: Config, console: Console) -> dict[str, dict[str, float]]:
+def step_costs(
+    config: Config, runs: Mapping[str, lora_glue.Config], console: Console
+) -> dict[str, dict[str, float]]:
     """Each method's `step_ms` and `memory_mib`: in turn on one batch of the task, after the runs,
     since a run's own mean is of whatever else the machine did then.
     """
     directory = fetch_model(config.model, console)
     prepared = lora_glue.prepare(config, directory)
     model = lora_glue.build(config, directory, max(1, len(prepared.data.task.labels)), 0)
-    trainers = {
-        method: lora_glue.trainer_of(
-            dataclasses.replace(config, method=method), model, prepared, 0, 1000
-        )
-        for method in config.methods
-    }
     batches = Batches(prepared.train, prepared.train_shapes, prepared.pad, 0)
+    trainers: dict[str, Any] = {}
+    for method, run in runs.items():
+        # For as many steps as the run had: it is the run's program, which is compiled already.
+        trainers[method] = lora_glue.trainer_of(run, model, prepared, 0, run.steps(batches))
     costs = timed_steps(trainers, next(iter(batches)), ROUNDS)
     return {m: {"step_ms": c["ms"], "memory_mib": c["mib"]} for m, c in costs.items()}
 

@@ -191,6 +191,39 @@ def precision() -> str:
     return f"{markdown(header, rows)}\n\n{about}"
 
 
+def sample() -> str:
+    """The main job: the sample by this package's encoder, and by it before it was pre-trained."""
+    results = {n: read("lora_glue", f) for n, f in (("", "sample"), (" drawn", "sample_untrained"))}
+    rows: list[list[str]] = []
+    for name, r in results.items():
+        scores = [score(r["metrics"][m]["accuracy"]) for m in r["metrics"]]
+        rows.append([f"the encoder{' with its numbers' if name else ''}{name}", *scores])
+    r = results[""]
+    about = f"{len(r['seeds'])} seeds, {r['config']['epochs']} epochs; {source(r)}."
+    header = ["accuracy, %", "LoRA r 8", "head on frozen encoder", "majority class"]
+    return f"{markdown(header, rows)}\n\n{about}"
+
+
+def families() -> str:
+    """`pretrain`: losses by size, and by what an encoder starts from."""
+    results = [read("pretrain", n) for n in ("novels", "h200")]
+    rows = [
+        [
+            f"{m['family']}, {m['shape']['layers']} x {m['shape']['width']}",
+            f"{m['parameters']:,}",
+            ", ".join(m.get("starts") or ()) or "drawn",
+            f"{m['tokens'] / 1e6:.1f}M",
+            f"{m['validation'][str(m['steps'])]:.2f}",
+            f"{m['tokens_per_second']:,.0f}",
+        ]
+        for r in results
+        for m in r["models"]
+    ]
+    header = ["layers x width", "parameters", "start", "tokens", "nats a label", "tokens/s"]
+    about = f"The first on {source(results[0])}; the others, two at once, on {source(results[1])}."
+    return f"{markdown(header, rows)}\n\n{about}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "precision": precision,
     "aot": aot,
@@ -207,6 +240,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "account": account,
     "large": large,
     "bases": bases,
+    "sample": sample,
+    "families": families,
 }
 
 

@@ -1,6 +1,6 @@
 """Fine-tune a pre-trained encoder on a GLUE task by LoRA, or by any other method.
 
-Without arguments: all-MiniLM-L6-v2 on a small sentiment task that comes with this package.
+Without arguments: a small encoder and a small sentiment task that both come with this package.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ class Config:
     """GLUE's task, or the sample of this package."""
     data: pathlib.Path | None = None
     """Folder with the task's files; without it GLUE is fetched from the hub."""
-    model: str = "minilm"
-    """A directory in Hugging Face's layout, a name on the hub, or `minilm`."""
+    model: str = "novels"
+    """`novels`, this package's encoder of 4M parameters; `minilm`, all-MiniLM-L6-v2, fetched once;
+    a directory in Hugging Face's layout; or a name on the hub."""
     method: Method = "lora"
     """What is trained; every method but full, subspace and said trains the head beside it."""
     rank: int = 8
@@ -79,7 +80,7 @@ class Config:
     """The top layers that `top` trains."""
     lr: float | None = None
     """The peak learning rate; without it the method's own (experiments/common/methods.py)."""
-    epochs: int = 3
+    epochs: int = 5
     """Passes over the training data."""
     max_steps: int | None = None
     """Stop after so many steps."""
@@ -130,12 +131,16 @@ class Config:
         """The transform of `method`."""
         return RECIPES[self.method].transform(self.sizes)
 
-    def schedule(self, steps: int) -> Schedule:
-        """The optimiser's course over so many steps."""
+    def steps(self, batches: Batches) -> int:
+        """Of a training."""
+        return self.max_steps or self.epochs * batches.per_epoch
+
+    def schedule(self, steps: int, width: int) -> Schedule:
+        """The optimiser's course over so many steps, on a model of this width."""
         from experiments.common.training import Schedule
 
         recipe = RECIPES[self.method]
-        rate = recipe.rate if self.lr is None else self.lr
+        rate = recipe.rate_at(width) if self.lr is None else self.lr
         about = {"ratio": self.lora_plus, "name": self.optimiser}
         return Schedule(rate, steps, weight_decay=recipe.decay, **about)
 
@@ -214,11 +219,11 @@ def trainer_of(config: Config, model: Any, prepared: Prepared, seed: int, steps:
         length=RECIPES[config.method].room(config.sizes),
         first=prepared.vocabulary if config.method == "prompt" else prepared.pad,
     )
-    transform, schedule = config.method_transform(), config.schedule(steps)
+    schedule = config.schedule(steps, model.config.hidden_size)
     return Trainer(
         apply,
         params,
-        transform,
+        config.method_transform(),
         schedule,
         seed,
         config.dropout,
@@ -248,7 +253,7 @@ def run_seed(
     task = prepared.data.task
     model = build(config, directory, max(1, len(task.labels)), seed)
     batches = Batches(prepared.train, prepared.train_shapes, prepared.pad, seed)
-    steps = config.max_steps or config.epochs * batches.per_epoch
+    steps = config.steps(batches)
     trainer = trainer_of(config, model, prepared, seed, steps)
     apply, params, transform = trainer.apply, trainer.params, trainer.transform
     if seed == 0:

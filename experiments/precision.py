@@ -1,7 +1,7 @@
 """Full fine-tuning in four precisions: the loss of each, and how many numbers a step moves.
 
 fp32; bf16 with fp32 masters (two copies of the weights); bf16 rounded at random; and bf16 alone,
-whose numbers are too far apart for small updates. Without arguments: all-MiniLM-L6-v2 on the
+whose numbers are too far apart for small updates. Without arguments: this package's encoder on the
 sample of this package, 200 steps.
 """
 
@@ -45,8 +45,8 @@ class Config:
     """GLUE's task, or the sample of this package."""
     data: pathlib.Path | None = None
     """Folder with the task's files."""
-    model: str = "minilm"
-    """A directory in Hugging Face's layout, a name on the hub, or `minilm`."""
+    model: str = "novels"
+    """As in `lora_glue`: `novels`, `minilm`, a directory or a name on the hub."""
     steps: int = 200
     """Of each run."""
     batch: int = 32

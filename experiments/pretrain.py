@@ -25,7 +25,7 @@ from experiments.common.console import bar
 from experiments.common.logs import MetricsLog
 from experiments.common.numbers import Precision, Stage
 from experiments.common.pretrain_shown import draw, table
-from experiments.common.pretrain_sizes import FAMILIES, Family, shape_of
+from experiments.common.pretrain_sizes import FAMILIES, STARTS, Family, Start, shape_of
 from experiments.common.report import describe_machine, peak_memory, versions, write_json
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class Config:
     """Of each model."""
     checkpoints: tuple[int, ...] = ()
     """Steps whose models are kept, beside the last; without them 0, 64, 256, 1024, ..."""
+    starts: tuple[Start, ...] = STARTS
+    """What of an encoder does not start from drawn numbers: words, positions, queries."""
     lr: float | None = None
     """The peak learning rate; without it the size's own (experiments/common/pretrain_sizes.py)."""
     seed: int = 0
@@ -189,6 +191,7 @@ def run(
     from experiments.common.pretrain_export import exporter
     from experiments.common.pretrain_loop import default_marks, pretrain, speed
     from experiments.common.pretrain_objectives import objective
+    from experiments.common.pretrain_start import started
     from experiments.common.pretrain_steps import Pretrainer, Schedule
     from experiments.common.scale import Scale, compute_dtype
 
@@ -198,6 +201,8 @@ def run(
     made = objective(
         family, shape, data.vocabulary, config.length, compute_dtype(precision), config.seed
     )
+    if family == "encoder":
+        made = dataclasses.replace(made, params=started(made.params, config.starts, data))
     rate = shape.rate if config.lr is None else config.lr
     trainer = Pretrainer(
         made,
@@ -242,6 +247,7 @@ def run(
         "parameters": sum(x.size for x in jax.tree.leaves(made.params)),
         "precision": precision,
         "learning_rate": rate,
+        "starts": list(config.starts) if family == "encoder" else [],
         "steps": progress.step,
         "tokens": tokens * progress.step,
         "training_loss": progress.loss,

@@ -107,13 +107,12 @@ class Subspace(Transform):
                 f"the trained state has {found[0]} coordinates and {found[1]} scales; on these "
                 f"parameters there are {self.d - m} and {m}"
             )
-        total = sum(math.prod(leaves[p].shape) for p in chosen)
+        sizes = {p: math.prod(leaves[p].shape) for p in chosen}
+        steps = self.project(at.theta, sizes)
         moved: dict[str, Array] = {}
         for path in chosen:
             base = dense(leaves[path])
-            size = math.prod(base.shape)
-            step = self.project(path, at.theta, size) * math.sqrt(1 / total)
-            step = step.reshape(base.shape)
+            step = (steps[path] * math.sqrt(1 / sum(sizes.values()))).reshape(base.shape)
             if at.scales is not None:
                 scale = at.scales[jnp.asarray(places[path])]
                 step = (
@@ -128,16 +127,19 @@ class Subspace(Transform):
             return "with one seed they have the same directions: give one another seed"
         return None
 
-    def project(self, path: str, theta: Float[Array, " d"], size: int) -> Float[Array, " n"]:
-        """`P theta` at one parameter, times the root of the number of all parameters: each number
+    def project(
+        self, theta: Float[Array, " d"], sizes: Mapping[str, int]
+    ) -> dict[str, Float[Array, " n"]]:
+        """`P theta` at each parameter, times the root of the number of all parameters: each number
         has the variance of `theta`'s squared norm.
+
+        **Arguments:** `sizes`, of the parameters that move, by path.
         """
-        key = fold(jax.random.key(self.seed), path)
-        if self.projection == "dense":
-            return jax.random.normal(key, (size, theta.shape[0])) @ theta
-        if self.projection == "sparse":
-            return _sparse(key, theta, size)
-        return _fastfood(key, theta, size)
+        key = jax.random.key(self.seed)
+        if self.projection == "fastfood":
+            return _fastfood(key, theta, sizes)
+        one = _dense if self.projection == "dense" else _sparse
+        return {path: one(fold(key, path), theta, size) for path, size in sizes.items()}
 
     def _chosen(self, leaves: Mapping[str, Any]) -> list[str]:
         chosen = match(self.targets, leaves)
@@ -194,38 +196,57 @@ def hadamard(x: Float[Array, "*n k"]) -> Float[Array, "*n k"]:
     return x
 
 
-@functools.partial(jax.checkpoint, static_argnums=(2,))
-def _fastfood(key: Any, theta: Any, size: int) -> Any:
-    """Blocks of `H G Pi H B`, one below the other, until there are `size` rows.
+def _fastfood(key: Any, theta: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Blocks of `H G Pi H B`, one below the other, over all parameters together.
 
     The blocks share `B` and `Pi`, so that `Pi H B theta` is computed once; their Gaussians differ,
-    which alone makes their rows independent. The gradient makes `G` again: it is not kept.
+    which alone makes their rows independent.
     """
     d = theta.shape[0]
     k = 1 << max(0, d - 1).bit_length()
-    blocks = -(-size // k)
     signs, order, gauss = jax.random.split(key, 3)
     b = jax.random.rademacher(signs, (k,), theta.dtype)
     mixed = jax.random.permutation(order, hadamard(b * jnp.pad(theta, (0, k - d))))
-    g = _normal(gauss, blocks, k)
+    seed = jax.random.bits(gauss, (), jnp.uint32)
+    out: dict[str, Any] = {}
+    first = 0
+    for path, size in sizes.items():
+        out[path] = _blocks(seed, mixed, first, size)
+        first += -(-size // k)
+    return out
+
+
+@functools.partial(jax.checkpoint, static_argnums=(2, 3))
+def _blocks(seed: Any, mixed: Any, first: int, size: int) -> Any:
+    """The rows of some blocks, from the `first` on; a parameter's last block is cut.
+
+    The gradient makes `G` again: it is not kept.
+    """
+    k = mixed.shape[0]
+    g = _normal(seed, first, -(-size // k), k)
     x = hadamard(mixed * g) * jax.lax.rsqrt(jnp.sum(g * g, axis=1, keepdims=True))
     return x.reshape(-1)[:size]
 
 
-def _normal(key: Any, rows: int, columns: int) -> Float[Array, "n k"]:
-    """Gaussians, the same on every device and in every version: hashed counters, through the
-    normal's inverse distribution. JAX's own generator costs several times the rest of a projection.
+def _normal(seed: Any, first: int, rows: int, columns: int) -> Float[Array, "n k"]:
+    """Rows of Gaussians, from the `first` on, the same on every device and in every version: hashed
+    counters, through the normal's inverse distribution. JAX's own generator costs several times the
+    rest of a projection.
     """
     shape = (rows, columns)
     x = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) * jnp.uint32(columns)
-    x = (x + jax.lax.broadcasted_iota(jnp.uint32, shape, 1)) * jnp.uint32(0x9E3779B9)
-    x = x + jax.random.bits(key, (), jnp.uint32)
+    x = x + jax.lax.broadcasted_iota(jnp.uint32, shape, 1) + jnp.uint32(first * columns % 2**32)
+    x = x * jnp.uint32(0x9E3779B9) + seed
     # The finaliser of MurmurHash3 (Appleby), in which every bit of the input moves every other.
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     x = x ^ (x >> 16)
     between = (x >> 8).astype(jnp.float32) * 2.0**-23 + (2.0**-24 - 1)  # inside (-1, 1)
     return math.sqrt(2) * jax.lax.erf_inv(between)
+
+
+def _dense(key: Any, theta: Any, size: int) -> Any:
+    return jax.random.normal(key, (size, theta.shape[0])) @ theta
 
 
 def _sparse(key: Any, theta: Any, size: int) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sharding.cluster import everywhere
 from sharding.gather import Placed, gathered
 from sharding.offload import HOST, Offloaded, on_host
-from sharding.zero import STACKED, Axes, Zero
+from sharding.zero import STACKED, Axes, Zero, path_string
 
 # `loss(trainable, frozen, batch, key)`: the mean, or the sum and the number that it is over.
 Loss = Callable[[Any, Any, Any, Any], Any]
@@ -54,6 +55,7 @@ class Step:
     accumulate: int = 1
     clip: float | None = None
     dtype: Any = None
+    keep: str | Sequence[str] = ()
     compiler_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -123,13 +125,17 @@ class Step:
 
     def _start(self, trainable: Any) -> State:
         zero = jnp.zeros((), jnp.int32)
+        patterns = [self.keep] if isinstance(self.keep, str) else self.keep
 
-        def kept(x: Any) -> Any:
-            real = jnp.issubdtype(x.dtype, jnp.floating)
-            return x.astype(self.dtype) if real and self.dtype is not None else jnp.copy(x)
+        def kept(path: Any, x: Any) -> Any:
+            real = jnp.issubdtype(x.dtype, jnp.floating) and self.dtype is not None
+            if not real or any(re.search(p, path_string(path)) for p in patterns):
+                return jnp.copy(x)
+            return x.astype(self.dtype)
 
         # The optimiser first: masters are of what was given, not of what it is rounded to.
-        return State(zero, jax.tree.map(kept, trainable), self.optimiser.init(trainable), zero)
+        made = self.optimiser.init(trainable)
+        return State(zero, jax.tree_util.tree_map_with_path(kept, trainable), made, zero)
 
     def _compiled(self, state: Any) -> Any:
         leaves, structure = jax.tree.flatten(state.trainable)
@@ -260,6 +266,7 @@ def make_step(
     accumulate: int = 1,
     clip: float | None = None,
     dtype: Any = None,
+    keep: str | Sequence[str] = (),
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Step:
     """A training step.
@@ -276,8 +283,10 @@ def make_step(
     - `clip`, the most that the gradient's global norm may be.
     - `dtype`, what real trained arrays are kept in, after the optimiser's state was made of those
       that `init` is given: bf16, with an optimiser that has fp32 masters. None leaves them.
+    - `keep`, patterns of paths that `dtype` leaves too: tables that rows are looked up in, whose
+      gradients are sums over tokens, and GPUs add bf16 numbers to one place very slowly.
     - `compiler_options`, for XLA.
 
     **Raises:** `ValueError` for numbers that are too small.
     """
-    return Step(loss, optimiser, zero, axes, accumulate, clip, dtype, compiler_options)
+    return Step(loss, optimiser, zero, axes, accumulate, clip, dtype, keep, compiler_options)

@@ -108,7 +108,7 @@ class Zero:
         }
 
         def of(path: Any, x: Any) -> NamedSharding:
-            name, shape = _string(path), tuple(x.shape)
+            name, shape = path_string(path), tuple(x.shape)
             parts = name.split("/")
             for i in range(len(parts) + 1):
                 tail = "/".join(parts[i:])
@@ -136,8 +136,8 @@ class Zero:
                 return self.replicated
             if x.shape[0] % parts:
                 raise ValueError(
-                    f"'{_string(path)}' of the batch has {x.shape[0]} rows, which {parts} devices "
-                    "cannot share evenly: change the batch size, or the mesh"
+                    f"'{path_string(path)}' of the batch has {x.shape[0]} rows, which {parts} "
+                    "devices cannot share evenly: change the batch size, or the mesh"
                 )
             return NamedSharding(self.mesh, PartitionSpec(present))
 
@@ -147,7 +147,7 @@ class Zero:
 
     def _tree(self, tree: Any, axes: Axes | None, sharded: bool) -> Any:
         def of(path: Any, x: Any) -> NamedSharding:
-            name, shape = _string(path), tuple(x.shape)
+            name, shape = path_string(path), tuple(x.shape)
             return self._sharding(name, shape, self._names(name, shape, axes), sharded)
 
         return jax.tree_util.tree_map_with_path(of, tree)
@@ -250,9 +250,10 @@ def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
     return True
 
 
-def _string(path: Any) -> str:
+def path_string(path: Any) -> str:
+    """A path of a tree as patterns read it, `layers/attention/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-    return {_string(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {path_string(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}

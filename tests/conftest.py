@@ -8,7 +8,7 @@ import os
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
     + " --xla_cpu_use_fusion_emitters=false"
     * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
@@ -25,9 +25,12 @@ import jax
 import jaxtyping
 import pytest
 
-# Many tests compile the same small programs: each worker keeps them for its own session.
-_PROGRAMS = tempfile.TemporaryDirectory(prefix="jpeft-tests-")
-jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
+# Many tests compile the same small programs: all workers, and the commands that tests start, keep
+# them in one folder for this session, which the first process makes and removes.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _PROGRAMS = tempfile.TemporaryDirectory(prefix="jpeft-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

@@ -34,7 +34,8 @@ def claims() -> tuple[Claim, ...]:
             "MRPC: d90 of BERT-base 1,608 (SAID) and 1,861 (DID), of about 110,000,000 parameters",
             ("intrinsic_dimension",),
             judge_small,
-            "python -m experiments.intrinsic_dimension --task {task} --data DIR --seeds 3 "
+            "python -m experiments.intrinsic_dimension --model minilm --task {task} --data DIR "
+            "--seeds 3 "
             "--dims 50 200 1000 5000 20000 --out docs/results/intrinsic_dimension/{task}",
             wanted=("mrpc",),
         ),

@@ -15,8 +15,8 @@ SECTION = "Number formats"
 SOURCE = "Micikevicius et al. 2018"
 CLOSE = 0.01  # of float32's loss
 COMMAND = (
-    "for s in 0 1 2; do python -m experiments.precision --task {task} --data DIR --seed $s "
-    "--out docs/results/precision/{task}_seed$s; done"
+    "for s in 0 1 2; do python -m experiments.precision --model minilm --task {task} --data DIR "
+    "--seed $s --out docs/results/precision/{task}_seed$s; done"
 )
 
 

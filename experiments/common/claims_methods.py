@@ -12,7 +12,8 @@ from experiments.common.claims_intervals import of_difference
 SECTION = "Methods side by side"
 CLOSE = 0.01  # a point
 COMMAND = (
-    "python -m experiments.compare_methods --task {task} --data DIR --seeds 3 --epochs 2 "
+    "python -m experiments.compare_methods --model minilm --task {task} --data DIR "
+    "--seeds 3 --epochs 2 "
     "--no-dropout --out docs/results/compare_methods/{task}"
 )
 

@@ -27,7 +27,8 @@ def claims() -> tuple[Claim, ...]:
             "MMLU, mean over LLaMA 7B to 65B: NF4 with double quantisation 53.1, bf16 53.0",
             ("qlora",),
             judge_format,
-            "python -m experiments.qlora --task {task} --data DIR --seeds 3 --epochs 2 "
+            "python -m experiments.qlora --model minilm --task {task} --data DIR --seeds 3 "
+            "--epochs 2 "
             "--no-dropout --out docs/results/qlora/{task}",
             accepts=lambda r: "nf4" in r.get("runs", {}) and "bf16" in r["runs"],
             wanted=("sst2",),

@@ -73,7 +73,7 @@ def ready(out: pathlib.Path | None, overwrite: bool) -> None:
 
 
 def claim(config: Any, free: Sequence[str] = ()) -> None:
-    """Make `--out` ready.
+    """Make `--out` ready; with --resume for what it holds, if it holds anything.
 
     **Arguments:** `free`, what may change with --resume, since runs' names tell it.
 
@@ -93,9 +93,7 @@ def claim(config: Any, free: Sequence[str] = ()) -> None:
     if config.overwrite and begun and is_main():
         for path in [*out.glob("seed*"), out / "runs", stamp, out / "result.json"]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if config.resume:
-        if not begun:
-            raise ValueError(f"--resume: {out} holds no run")
+    if config.resume and begun:
         before = json.loads(stamp.read_text())
         # A run may go on elsewhere: on another mesh, at another stage, in other processes.
         moved = {"resume", "overwrite", "out", "save_every", "mesh", "stage", "processes", *free}
@@ -108,6 +106,8 @@ def claim(config: Any, free: Sequence[str] = ()) -> None:
     elif begun and not config.overwrite:
         raise ValueError(f"{out} holds an unfinished run: pass --resume, or --overwrite")
     else:
+        if config.resume and is_main():
+            print(f"--resume: {out} holds no run, so one begins", file=sys.stderr)
         out.mkdir(parents=True, exist_ok=True)
         write_json(stamp, now)
     barrier("claimed")

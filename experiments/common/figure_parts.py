@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.common.report import device_name, runs_elsewhere
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 
@@ -34,8 +36,8 @@ def source(result: Mapping[str, Any]) -> str:
     """Machine, versions and date, in words."""
     m, v = result["machine"], result["versions"]
     names = [n for n in ("jax", "flax", "torch", "transformers", "peft") if n in v]
-    where = ", ".join(dict.fromkeys(m["devices"])) if m["platform"] != "cpu" else m["processor"]
-    return f"{where}, {m['cores']} cores, {', '.join(f'{n} {v[n]}' for n in names)}, {m['date']}"
+    about = ", ".join(f"{n} {v[n]}" for n in names)
+    return f"{device_name(m)}, {m['cores']} cores, {about}, {m['date']}{runs_elsewhere(result)}"
 
 
 def score(value: Mapping[str, float]) -> str:

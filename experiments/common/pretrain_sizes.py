@@ -10,6 +10,9 @@ from jpeft._near import did_you_mean
 
 Family = Literal["encoder", "decoder", "encoder_decoder"]
 FAMILIES: tuple[Family, ...] = ("encoder", "decoder", "encoder_decoder")
+# What of an encoder can start from something better than drawn numbers.
+Start = Literal["words", "positions", "queries"]
+STARTS: tuple[Start, ...] = ("words", "positions", "queries")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ SIZES: Mapping[str, Mapping[Family, Shape]] = {
         "encoder_decoder": Shape(96, 1, 384, 1),
     },
     "4m": {
-        "encoder": Shape(192, 6, 736),
+        "encoder": Shape(256, 3, 768),
         "decoder": Shape(192, 6, 512),
         "encoder_decoder": Shape(192, 3, 768, 2),
     },

@@ -93,6 +93,7 @@ class Pretrainer:
             axes=self.objective.axes,
             clip=self.schedule.clip,
             dtype=self.scale.kept,
+            keep=r"/embedding$",
         )
         stream = jnp.asarray(self.train)
         object.__setattr__(self, "step", step)

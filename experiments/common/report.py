@@ -46,6 +46,18 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def device_name(machine: Mapping[str, Any]) -> str:
+    """What a machine computes with: its processor, or its accelerators."""
+    if machine["platform"] == "cpu":
+        return machine["processor"]
+    return ", ".join(dict.fromkeys(machine["devices"]))
+
+
+def runs_elsewhere(result: Mapping[str, Any]) -> str:
+    """The runs of a sweep that other devices made, in words; nothing where there are none."""
+    return "".join(f"; {n} of the runs on {d}" for d, n in result.get("elsewhere", {}).items())
+
+
 def _processor() -> str:
     info = pathlib.Path("/proc/cpuinfo")
     if info.is_file():

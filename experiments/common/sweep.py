@@ -14,7 +14,7 @@ from rich.console import Console
 from experiments import lora_glue
 from experiments.common.models import fetch_model
 from experiments.common.parallel import Call, run_all
-from experiments.common.report import describe_machine, versions, write_json
+from experiments.common.report import describe_machine, device_name, versions, write_json
 
 Results = dict[str, dict[str, Any]]
 
@@ -157,13 +157,17 @@ def write_result(config: SweepConfig, results: Results, **more: Any) -> dict[str
     about = dataclasses.asdict(config)
     about["data"] = next(iter(results.values()))["data"]
     about["out"] = None
+    here = describe_machine()
+    devices = [device_name(r["machine"]) for r in results.values()]
+    elsewhere = {d: devices.count(d) for d in devices if d != device_name(here)}
     result = {
         "config": about,
         "runs": {name: brief(r) for name, r in results.items()},
         **more,
         "wall_seconds": sum(r["wall_seconds"] for r in results.values()),
-        "machine": describe_machine(),
+        "machine": here,
         "versions": versions(),
+        **({"elsewhere": elsewhere} if elsewhere else {}),
     }
     if config.out is not None:
         write_json(config.out / "result.json", result)

@@ -29,35 +29,46 @@ def test_the_fast_transform_is_hadamards_matrix(power, seed):
 
 
 def test_fastfood_is_its_dense_matrix():
-    d, size = 6, 21
+    d, sizes = 6, {"a": 21, "b": 5, "c": 16}
     key = jax.random.key(4)
     signs, order, gauss = jax.random.split(key, 3)
     b = jax.random.rademacher(signs, (8,), jnp.float32)
-    g = _normal(gauss, 3, 8)
+    g = _normal(jax.random.bits(gauss, (), jnp.uint32), 0, 6, 8)
     pi = jax.random.permutation(order, jnp.eye(8))
     h = jnp.asarray(dense_hadamard(8), jnp.float32)
     blocks = []
-    for i in range(3):
+    for i in range(6):
         matrix = h @ jnp.diag(g[i]) @ pi @ h @ jnp.diag(b)
         blocks.append(matrix / jnp.sqrt(8 * jnp.sum(g[i] ** 2)) * jnp.sqrt(8))
-    dense = jnp.concatenate(blocks)[:size, :d]
+    # Every parameter has blocks of its own, the last of which is cut.
+    rows = jnp.concatenate(blocks)[:, :d]
+    dense = jnp.concatenate([rows[:21], rows[24:29], rows[32:48]])
+
+    def whole(theta):
+        return jnp.concatenate(list(_fastfood(key, theta, sizes).values()))
+
     theta = jax.random.normal(jax.random.key(5), (d,))
-    np.testing.assert_allclose(_fastfood(key, theta, size), dense @ theta, rtol=1e-4, atol=1e-4)
-    cotangent = jax.random.normal(jax.random.key(6), (size,))
-    (grad,) = jax.vjp(lambda t: _fastfood(key, t, size), theta)[1](cotangent)
+    np.testing.assert_allclose(whole(theta), dense @ theta, rtol=1e-4, atol=1e-4)
+    cotangent = jax.random.normal(jax.random.key(6), (42,))
+    (grad,) = jax.vjp(whole, theta)[1](cotangent)
     np.testing.assert_allclose(grad, dense.T @ cotangent, rtol=1e-4, atol=1e-4)
 
 
 def test_the_gaussians_are_normal_and_independent():
-    g = np.asarray(_normal(jax.random.key(3), 512, 1024), np.float64)
+    def drawn(key, first=0, rows=512):
+        bits = jax.random.bits(jax.random.key(key), (), jnp.uint32)
+        return np.asarray(_normal(bits, first, rows, 1024), np.float64)
+
+    g = drawn(3)
     assert kstest(g.ravel(), "norm").pvalue > 0.001
     assert abs(g.mean()) < 0.005
     assert np.abs(np.corrcoef(g[:64])[np.triu_indices(64, 1)]).max() < 0.16  # 5 deviations
     for shift in (1, 2, 7, 1024):
         flat = g.ravel()
         assert abs(np.corrcoef(flat[:-shift], flat[shift:])[0, 1]) < 0.007
-    other = np.asarray(_normal(jax.random.key(4), 512, 1024)).ravel()
-    assert abs(np.corrcoef(g.ravel(), other)[0, 1]) < 0.007
+    np.testing.assert_array_equal(drawn(3, 500, 12), g[500:])
+    assert abs(np.corrcoef(g.ravel(), drawn(4).ravel())[0, 1]) < 0.007
+    assert abs(np.corrcoef(g.ravel(), drawn(3, 512).ravel())[0, 1]) < 0.007
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,11 +16,14 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
 
 import jpeft
 from experiments.common import loop, training
 from experiments.common.metrics import evaluate
 from experiments.common.models import ModelError, fetch_model
+from experiments.common.sample import SAMPLE
 from experiments.common.tasks import TASKS
 from experiments.lora_glue import Config, build, main, prepare
 from tests.tiny import write_model, write_task
@@ -265,3 +269,25 @@ def test_a_regression_task(config, tmp_path):
     result, said = run(dataclasses.replace(config, task="stsb", data=folder, max_steps=4))
     assert set(result["metrics"]["lora"]) == {"pearson", "spearman"}
     assert "mean score" in said
+
+
+@pytest.mark.slow
+def test_the_main_job_needs_no_network_and_beats_words_alone(monkeypatch):
+    def refused(*_):
+        pytest.fail("it reached for a network")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    result = main(Config(baseline=False), Console(quiet=True))
+    found = result["metrics"]["lora"]["accuracy"]["mean"]
+    rows = [
+        [line.rsplit("\t", 1) for line in (SAMPLE / f).read_text().splitlines()]
+        for f in ("train.tsv", "dev.tsv")
+    ]
+    (texts, labels), (new, answers) = (zip(*r, strict=True) for r in rows)
+    best = 0.0
+    for words in (CountVectorizer(binary=True), TfidfVectorizer(ngram_range=(1, 2))):
+        for strength in (0.1, 1, 10):
+            seen = words.fit_transform(texts)
+            by_words = LogisticRegression(C=strength, max_iter=1000).fit(seen, labels)
+            best = max(best, by_words.score(words.transform(new), answers))
+    assert found > best + 0.03

@@ -94,7 +94,9 @@ def test_every_family_learns(trained):
     for model in written["models"]:
         losses = model["validation"]
         assert list(losses) == ["0", "4", "12"]
-        assert losses["0"] == pytest.approx(np.log(256), abs=0.4)
+        # Encoders start from how often words are.
+        drawn = model["family"] != "encoder"
+        assert losses["0"] == pytest.approx(np.log(256), abs=0.4) if drawn else losses["0"] < 5.2
         assert losses["12"] < losses["4"] < losses["0"]
         assert f"{losses['12']:.4f}" in shown
         assert f"{model['parameters']:,}" in shown

@@ -29,9 +29,10 @@ def options(places, **more):
 
 
 def test_every_base_is_compared(places, tmp_path):
-    config = qlora.Config(**options(places), out=tmp_path / "out", rank=4)
+    formats = ("bf16", "int8", "nf4")
+    config = qlora.Config(**options(places), out=tmp_path / "out", rank=4, formats=formats)
     rows = qlora.main(config, QUIET)["rows"]
-    assert list(rows) == ["bf16", "int8", "fp4", "nf4"]
+    assert tuple(rows) == formats
     assert all(0 <= r["mean"] <= 1 and r["step_ms"] > 0 for r in rows.values())
     written = json.loads((tmp_path / "out" / "result.json").read_text())
     assert written["rows"]["nf4"]["base_mib"] == rows["nf4"]["base_mib"]
@@ -76,13 +77,12 @@ def test_finetune_on_four_bits(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "most"), [("llama-65b", 41e9), ("llama-3-8b", 7.5e9)])
-def test_a_large_model_on_one_device(model, most):
+def test_65_billion_parameters_on_one_device():
     pytest.importorskip("libtpu")
-    case = next(c for c in qlora_account.cases() if c.model == model and c.offload)
+    case = next(c for c in qlora_account.cases() if c.model == "llama-65b" and c.offload)
     found = qlora_account.account(case)
-    assert found["parameters"] > {"llama-65b": 65.2e9, "llama-3-8b": 8.0e9}[model]
+    assert found["parameters"] > 65.2e9
     assert found["bytes"]["frozen"] > 0.5 * found["parameters"]
-    assert found["total"] <= most
+    assert found["total"] <= 41e9
     # Masters and moments: twelve bytes for each that is trained.
     assert found["host"] == pytest.approx(12 * found["trained"], rel=1e-3)

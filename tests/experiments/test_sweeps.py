@@ -26,8 +26,9 @@ pytestmark = pytest.mark.slow  # every one runs many trainings
 
 
 @pytest.fixture
-def made(tmp_path):
-    """Options that make any experiment small."""
+def made(tmp_path, monkeypatch):
+    """Options that make any experiment small, and layers in a loop, which compiles faster."""
+    monkeypatch.setattr(lora_glue, "cpu_layout", dict)
     return {
         "model": str(write_model(tmp_path / "model")),
         "data": write_task(tmp_path / "task"),
@@ -124,17 +125,17 @@ def test_lora_rank(made):
 
 def test_adapter_size(made):
     options = without(made, "task", "bottleneck", "top")
-    result, said = run(adapter_size, options, tasks=("sst2",), sizes=(1, 4), layers=(1, 2), seeds=2)
+    result, said = run(adapter_size, options, tasks=("sst2",), sizes=(1, 4), layers=(1,), seeds=2)
     adapters, top = result["points"]["adapter"], result["points"]["top"]
     assert adapters[0]["trained"] < adapters[1]["trained"]
-    assert top[0]["trained"] < top[1]["trained"]
+    assert top[0]["trained"] > adapters[1]["trained"]
     assert adapters[0]["p20"] <= adapters[0]["p50"] <= adapters[0]["p80"]
     assert "adapters of 4" in said
 
 
 def test_prompt_tuning(made):
     options = without(made, "prompt")
-    result, said = run(prompt_tuning, options, lengths=(2, 4))
+    result, said = run(prompt_tuning, options, lengths=(2,))
     assert set(result["scores"]) == {"uniform", "vocabulary"}
     assert result["one_batch"]["tasks"] == 2
     assert result["one_batch"]["largest_difference"] < 1e-4
@@ -143,8 +144,8 @@ def test_prompt_tuning(made):
 
 def test_intrinsic_dimension(made):
     options = without(made, "dimensions")
-    result, said = run(intrinsic_dimension, options, dims=(20, 60))
-    assert set(result["scores"]["SAID"]) == {"20", "60"}
+    result, said = run(intrinsic_dimension, options, dims=(20,))
+    assert set(result["scores"]["SAID"]) == {"20"}
     assert result["runs"]["SAID_20"]["seeds"][0]["trained"] == 20
     for kind in ("DID", "SAID"):
         scores = {int(d): s["mean"] for d, s in result["scores"][kind].items()}
@@ -164,10 +165,10 @@ def test_lora_plus(made):
 
 
 def test_dylora(made):
-    result, said = run(dylora, made, rank=3)
+    result, said = run(dylora, made, rank=2)
     for by in result["scores"].values():
-        assert set(by) == {"1", "2", "3"}
+        assert set(by) == {"1", "2"}
     one_run, apart, cut = result["scores"].values()
-    assert one_run["3"] == result["runs"]["dylora"]["metrics"]["dylora"]["accuracy"]
-    assert cut["3"] == apart["3"]
+    assert one_run["2"] == result["runs"]["dylora"]["metrics"]["dylora"]["accuracy"]
+    assert cut["2"] == apart["2"]
     assert "times as long" in said
