@@ -80,11 +80,15 @@ def train(
             iterator.set_state(about["data"])
             progress = Progress(**about["progress"])
         compiled: set[Any] = set()
-        while progress.step < trainer.schedule.steps:
-            batch = next(iterator)
+        steps = trainer.schedule.steps
+        batch = next(iterator) if progress.step < steps else None
+        while batch is not None:
+            at = iterator.get_state() if saved else None
             start = time.perf_counter()
             key = trainer.key(progress.step)
             state, metrics = trainer.step(state, trainer.frozen, batch, key)
+            # The step is at work: the next batch is made meanwhile.
+            upcoming = next(iterator) if progress.step + 1 < steps else None
             value = float(metrics["loss"])
             _record(progress, batch, value, time.perf_counter() - start, compiled)
             log(
@@ -94,10 +98,10 @@ def train(
                     "tokens_per_second": progress.tokens_per_second,
                 }
             )
-            last = progress.step == trainer.schedule.steps
+            batch, last = upcoming, progress.step == steps
             signal = 0 if last else stopping()
             if saved and (last or signal or progress.step % save_every == 0):
-                about = {"progress": dataclasses.asdict(progress), "data": iterator.get_state()}
+                about = {"progress": dataclasses.asdict(progress), "data": at}
                 saved.save(progress.step, state, about)
             if signal:
                 raise InterruptedRunError(signal)
