@@ -7,6 +7,7 @@ table NAME of the files under docs/results. `--check` changes nothing, and fails
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import re
 import sys
@@ -43,9 +44,9 @@ def glue() -> str:
     return markdown(header, rows) + f"\n\n{source(results['sst2'])}."
 
 
-def methods() -> str:
+def methods(task: str = "sst2") -> str:
     """`compare_methods`: every method on one task."""
-    r = read("compare_methods", "sst2")
+    r = read("compare_methods", task)
     config = r["config"]
     rows = [
         [
@@ -233,6 +234,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers_gpu": peers_gpu,
     "steps": steps,
     "methods": methods,
+    "methods_mrpc": functools.partial(methods, "mrpc"),
     "attention": attention,
     "generation": generation,
     "longlora": longlora,
