@@ -126,6 +126,10 @@ class Step:
     def _start(self, trainable: Any) -> State:
         zero = jnp.zeros((), jnp.int32)
         patterns = [self.keep] if isinstance(self.keep, str) else self.keep
+        paths = [path_string(p) for p, _ in jax.tree_util.tree_flatten_with_path(trainable)[0]]
+        for pattern in patterns:
+            if not any(re.search(pattern, path) for path in paths):
+                raise ValueError(f"keep='{pattern}' matches none of the {len(paths)} trained paths")
 
         def kept(path: Any, x: Any) -> Any:
             real = jnp.issubdtype(x.dtype, jnp.floating) and self.dtype is not None
@@ -287,6 +291,7 @@ def make_step(
       gradients are sums over tokens, and GPUs add bf16 numbers to one place very slowly.
     - `compiler_options`, for XLA.
 
-    **Raises:** `ValueError` for numbers that are too small.
+    **Raises:** `ValueError` for numbers that are too small; `init`, for a pattern of `keep` that
+    matches nothing.
     """
     return Step(loss, optimiser, zero, axes, accumulate, clip, dtype, keep, compiler_options)

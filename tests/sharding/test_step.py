@@ -181,3 +181,20 @@ def test_wrong_settings_are_refused():
     step, state, batch = simple(accumulate=2)
     with pytest.raises(ValueError, match="3 rows cannot be taken in 2"):
         step(state, jnp.float32(0), batch)
+
+
+def test_what_keep_names_stays_and_a_wrong_name_is_told():
+    params = {"table": {"embedding": jnp.ones((4, 2))}, "kernel": jnp.ones((2, 2))}
+
+    def loss(trainable, frozen, batch, key):
+        del frozen, key
+        return jnp.sum(trainable["table"]["embedding"][batch] @ trainable["kernel"])
+
+    def made(keep):
+        return make_step(loss, optax.sgd(0.1), dtype=jnp.bfloat16, keep=keep)
+
+    state = made(r"/embedding$").init(params).trainable
+    assert state["table"]["embedding"].dtype == jnp.float32
+    assert state["kernel"].dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match=r"keep='embeding' matches none of the 2 trained paths"):
+        made("embeding").init(params)
