@@ -9,7 +9,8 @@ from typing import Any
 from jpeft._near import did_you_mean
 from jpeft.transform import Transform
 
-VERSION = 1
+# 2: Fastfood's projection of a seed is another than in 1.
+VERSION = 2
 
 
 class ConfigError(ValueError):

@@ -75,8 +75,9 @@ def load(path: str | pathlib.Path, like: Any) -> Any:
 def load_transform(path: str | pathlib.Path) -> Transform:
     """The transform that a trained state was saved with.
 
-    **Raises:** `jpeft.CheckpointError` for a file without one, of a newer format, or with a type
-    or an option that this version does not know; it names the nearest known one.
+    **Raises:** `jpeft.CheckpointError` for a file without one, of a newer format, with a type or
+    an option that this version does not know, naming the nearest known one, or with a Fastfood
+    subspace of format 1.
     """
     path = pathlib.Path(path)
     header = (_opened(path).metadata() or {}).get("jpeft")
@@ -87,6 +88,11 @@ def load_transform(path: str | pathlib.Path) -> Transform:
         )
     if "transform" not in about:
         raise CheckpointError(f"{path} was saved without a transform")
+    if about.get("version", VERSION) < 2 and '"projection": "fastfood"' in json.dumps(about):
+        raise CheckpointError(
+            f"{path} has format 1, whose Subspace had another projection for its seed: train it "
+            "again, or merge it with the version that saved it"
+        )
     try:
         return from_json(about["transform"])
     except ConfigError as e:

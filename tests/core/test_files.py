@@ -56,7 +56,11 @@ def test_the_transform_is_in_the_file(path):
     [
         (lambda a: a["transform"].update(rnak=4), "LoRA has no option 'rnak': did you mean 'rank'"),
         (lambda a: a["transform"].update(type="Lora"), "no transform 'Lora': did you mean 'LoRA'"),
-        (lambda a: a.update(version=2), "has format 2, this version reads 1: update jpeft"),
+        (lambda a: a.update(version=3), "has format 3, this version reads 2: update jpeft"),
+        (
+            lambda a: a.update(version=1, transform=to_json(jpeft.Subspace(5))),
+            "has format 1, whose Subspace had another projection",
+        ),
         (lambda a: a.pop("transform"), "saved without a transform"),
         (lambda a: a["transform"].pop("type"), "a transform has a 'type'"),
     ],
