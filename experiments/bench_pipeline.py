@@ -44,6 +44,9 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     if config.rounds < 1 or not config.max_steps or config.max_steps < 2:
         raise ValueError("--rounds is at least 1, and --max-steps at least 2")
+    for name in ("resume", "tensorboard", "seeds"):
+        if getattr(config, name) != getattr(Config(), name):
+            raise ValueError(f"--{name} is of a training that is kept: here nothing is")
     ready(config.out, config.overwrite)
     directory = fetch_model(config.model, console)
     prepared = lora_glue.prepare(config, directory)

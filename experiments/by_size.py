@@ -1,10 +1,12 @@
-"""Pre-trained encoders of several sizes: d90 by size, or prompts beside full fine-tuning by size.
+"""Pre-trained encoders of several sizes: d90, prompts beside full fine-tuning, or LoRA+ by size.
 
 `--kind intrinsic_dimension` finds d90, the smallest random subspace (DID, SAID) that reaches 90% of
 full fine-tuning, of every model (Aghajanyan et al. 2021, figures 2 and 3). `--kind methods` trains
 prompts of several lengths, a prefix, everything, and `fixed_prompt` (Lester et al. 2021, figure 1),
 which here is the frozen model with a trained head and no prompt: what is left of the prompt's run
-when no prompt is trained. Without arguments: one model on the sample of this package.
+when no prompt is trained. `--kind lora_plus` gives LoRA's B matrices several times the rate of A,
+which should pay more in wide models (Hayou et al. 2024). Without arguments: one model on the sample
+of this package.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from rich.console import Console
 from experiments.common import by_size_shown, dimensions, runtime
 from experiments.common.command import claim, command
 from experiments.common.family import Member, members
+from experiments.common.loss_curves import rounded, steps_to, windows
 from experiments.common.report import (
     describe_machine,
     scored,
@@ -34,7 +37,7 @@ FIXED = "fixed_prompt"
 class Config(SweepConfig):
     """Options are those of `lora_glue`, for every run; `--lr` is the random subspaces'."""
 
-    kind: Literal["intrinsic_dimension", "methods"] = "intrinsic_dimension"
+    kind: Literal["intrinsic_dimension", "methods", "lora_plus"] = "intrinsic_dimension"
     """What is run on every model."""
     models: tuple[str, ...] = ("novels",)
     """Encoders: directories such as `pretrain` writes, `novels`, `minilm`, or names on the hub."""
@@ -44,6 +47,10 @@ class Config(SweepConfig):
     """Virtual tokens of the prompts; --prompt is the prefix's."""
     least: int = 64
     """Leave out prompts beside which a model can read fewer tokens of a text than this."""
+    ratios: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0)
+    """How many times as fast as A LoRA's B learns; 1 is plain LoRA."""
+    window: int = 20
+    """Steps that a point of LoRA+'s curves is the mean of."""
     full_epochs: int | None = None
     """Epochs of full fine-tuning; without it as many as the others'."""
     full_lr: float | None = None
@@ -56,9 +63,11 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     swept = {"model": "--models", "method": "--kind", "dimensions": "--dims"}
     if config.kind == "methods":
         swept |= {"lr": "the methods' own, and --full-lr"}
-    refuse(config, **swept)
+    if config.kind == "lora_plus" and 1.0 not in config.ratios:
+        raise ValueError("--ratios: 1 is what the others are held against")
+    refuse(config, lora_plus="--ratios", **swept)
     found = members(config.models, console)
-    claim(config, free=("models", "dims", "lengths"))
+    claim(config, free=("models", "dims", "lengths", "ratios"))
     by_model = {m: changes(config, m, console) for m in found}
     runs = runs_of(
         config,
@@ -110,6 +119,8 @@ def changes(config: Config, member: Member, console: Console) -> dict[str, dict[
         if len(kept) < len(config.dims):
             console.print(f"{member.title}: dimensions beyond its parameters are left out")
         return dimensions.changes(kept, full)
+    if config.kind == "lora_plus":
+        return {f"ratio_{r:g}": {"method": "lora", "lora_plus": r} for r in config.ratios}
     out: dict[str, dict[str, Any]] = {"full": full | {"method": "full"}, FIXED: {"method": "head"}}
     for n in config.lengths:
         left = min(config.length, member.longest - n)
@@ -135,11 +146,14 @@ def row(
         "family": member.family,
         "size": member.size,
         "parameters": member.parameters,
+        "width": member.width,
         "step": member.step,
         "seeds": config.seeds,
     }
     if config.kind == "methods":
         return about | {"scores": scores}
+    if config.kind == "lora_plus":
+        return about | {"ratios": ratios(config, member, scores, results)}
     full = scores["full"]
     by_kind = {
         kind: {
@@ -162,9 +176,31 @@ def row(
     }
 
 
+def ratios(
+    config: Config, member: Member, scores: dict[str, Any], results: Results
+) -> dict[str, Any]:
+    """By ratio: the score, each seed's losses in windows, and its steps to plain LoRA's last."""
+    curves = {
+        f"{r:g}": windows(results[f"{member.label}_ratio_{r:g}"], config.window)
+        for r in config.ratios
+    }
+    return {
+        ratio: {
+            "score": scores[f"ratio_{ratio}"],
+            "curves": [rounded(c) for c in found],
+            "last_loss": scored([float(c[-1]) for c in found]),
+            "steps": [
+                steps_to([float(x) for x in c], float(plain[-1]), config.window)
+                for c, plain in zip(found, curves["1"], strict=True)
+            ],
+        }
+        for ratio, found in curves.items()
+    }
+
+
 def notes(result: dict[str, Any]) -> list[str]:
     """Where answering the largest class alone would count as 90%."""
-    if result["kind"] == "methods":
+    if result["kind"] != "intrinsic_dimension":
         return []
     found: list[str] = []
     for m in result["models"]:

@@ -156,9 +156,9 @@ def aot() -> str:
     return f"{markdown([*header, 'MFU at most', 's to compile'], rows)}\n\n{about}"
 
 
-def memory() -> str:
+def memory(name: str = "check") -> str:
     """`memory --check`: predicted from shapes, and compiled."""
-    r = read("memory", "check")
+    r = read("memory", name)
     rows = [
         [
             row["title"],
@@ -171,6 +171,11 @@ def memory() -> str:
     header = ["step", "predicted, GB", "compiled, GB", "error"]
     about = f"On a device of {r['topology']}, the most at once; {source(r)}."
     return f"{markdown(header, rows)}\n\n{about}"
+
+
+def memory_parts() -> str:
+    """`memory --check-parts`: layers split over devices, and batches in parts."""
+    return memory("check_parts")
 
 
 def precision() -> str:
@@ -229,6 +234,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "precision": precision,
     "aot": aot,
     "memory": memory,
+    "memory_parts": memory_parts,
     "glue": glue,
     "peers": peers,
     "peers_gpu": peers_gpu,

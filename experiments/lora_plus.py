@@ -6,15 +6,16 @@ Without arguments: ratios 1, 4 and 16 on the sample of this package.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import sys
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from experiments.common import runtime
 from experiments.common.command import claim, command
+from experiments.common.loss_curves import rounded, windows
 from experiments.common.plots import COLOURS, figure, source_line
 from experiments.common.sweep import SweepConfig, metric_of, refuse, runs_of, sweep, write_result
 
@@ -42,16 +43,14 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     for ratio in config.ratios:
         result = results[f"ratio_{ratio:g}"]
         metric, score = metric_of(result, "lora")
-        each = np.asarray([s["losses"] for s in result["seeds"]])
-        windows = each.shape[1] // config.window
-        kept = each[:, : windows * config.window]
-        means = kept.reshape(len(each), windows, config.window).mean(2)
+        means = windows(result, config.window)
+        last = [x for s in result["seeds"] for x in s["losses"][-config.window :]]
         rows[f"{ratio:g}"] = {
             "metric": metric,
             "score": score,
             "curve": rounded(means.mean(0)),
             "curves": [rounded(x) for x in means],
-            "last_loss": float(each[:, -config.window :].mean()),
+            "last_loss": statistics.fmean(last),
         }
     base = rows.get("1", next(iter(rows.values())))["last_loss"]
     for row in rows.values():
@@ -61,11 +60,6 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     console.print(table(rows))
     draw(config, result, rows, console)
     return result
-
-
-def rounded(values: np.ndarray) -> list[float]:
-    """To five decimals."""
-    return [round(float(x), 5) for x in values]
 
 
 def table(rows: dict[str, Any]) -> Table:

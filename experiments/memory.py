@@ -8,8 +8,10 @@ a compiler; `--check` sets that beside the compiled programs' own figures.
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,6 +24,7 @@ from experiments.common.accounts import (
     compared,
     compiled,
     held_out,
+    in_parts,
     predicted,
     seen_by_one,
 )
@@ -64,7 +67,11 @@ class Config:
     stage: Stage = 0
     """ZeRO's."""
     devices: int = 1
-    """How many share the work."""
+    """How many share the work, all on the mesh axis fsdp."""
+    mesh: str | None = None
+    """Or how they do, of the model's step: data=2,fsdp=4,tensor=2."""
+    accumulate: int = 1
+    """Take a batch in so many parts, and sum their gradients."""
     batch: int = 8
     """Rows of a step, over all devices."""
     sequence: int = 512
@@ -79,6 +86,8 @@ class Config:
     """LoRA's targets: regular expressions on parameter paths; without them query and value."""
     check: bool = False
     """Compile twelve steps for a TPU, and four that were held out, and compare."""
+    check_parts: bool = False
+    """The same of six steps whose layers, or batches, are in parts."""
     out: pathlib.Path | None = None
     """Folder for `result.json` and the plot."""
 
@@ -86,17 +95,18 @@ class Config:
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Account, print and write."""
     console = console or Console()
-    given = [config.params is not None, config.model is not None, config.check]
+    check = config.check or config.check_parts
+    given = [config.params is not None, config.model is not None, config.check, config.check_parts]
     if sum(given) != 1:
-        raise ValueError("pass one of --params, --model and --check")
+        raise ValueError("pass one of --params, --model, --check and --check-parts")
     result: dict[str, Any] = {"config": dataclasses.asdict(config) | {"out": None}}
-    if config.check:
-        result |= checked(console)
+    if check:
+        result |= checked(in_parts() if config.check_parts else [*cases(), *held_out()], console)
     elif config.model is not None:
         result |= by_stage(config)
     else:
         result |= rule(config)
-    console.print(check_table(result) if config.check else account_table(config, result))
+    console.print(check_table(result) if check else account_table(config, result))
     result |= {"machine": describe_machine(), "versions": versions("libtpu")}
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -113,11 +123,16 @@ def rule(config: Config) -> dict[str, Any]:
     from jpeft.memory import rule_of_thumb
 
     assert config.params is not None
+    if config.mesh is not None or config.accumulate != 1:
+        raise ValueError(
+            "--mesh and --accumulate are of a --model's step, not of the rule of thumb"
+        )
     precision = config.precision
     if precision not in ("float32", "mixed"):
         raise ValueError(f"the rule of thumb has float32 and mixed; got --precision {precision}")
     return _stages(
         config,
+        config.devices,
         lambda stage: rule_of_thumb(
             config.params or 0,
             trained=config.trained,
@@ -132,8 +147,7 @@ def by_stage(config: Config) -> dict[str, Any]:
     """The account of a model's step, at every stage that the devices have."""
     if config.method in ("head", "top"):
         raise ValueError(f"--method {config.method} is a classifier's: there is no head here")
-    if config.devices < 1 or config.batch % config.devices:
-        raise ValueError(f"{config.devices} devices cannot share --batch {config.batch} evenly")
+    sizes = _sizes(config)
     case = Case(
         config.model or "",
         config.method,
@@ -143,20 +157,34 @@ def by_stage(config: Config) -> dict[str, Any]:
         config.batch,
         config.sequence,
         Sizes(rank=config.rank, targets=config.targets),
+        accumulate=config.accumulate,
         keep=config.keep,
     )
-
     planned = seen_by_one(case)
 
     def at(stage: Stage) -> Account:
         here = dataclasses.replace(case, stage=stage)
-        return predicted(here, config.devices, config.optimiser, planned=planned)
+        return predicted(here, sizes, config.optimiser, planned=planned)
 
-    return _stages(config, at)
+    return _stages(config, math.prod(sizes), at)
 
 
-def _stages(config: Config, at: Any) -> dict[str, Any]:
-    stages = (0, 1, 2, 3) if config.devices > 1 else (config.stage,)
+def _sizes(config: Config) -> tuple[int, int, int]:
+    """Of `data`, `fsdp` and `tensor`."""
+    from sharding.mesh import mesh_sizes, parsed_mesh
+
+    if config.devices < 1 or config.accumulate < 1:
+        raise ValueError("--devices and --accumulate count from 1")
+    if config.mesh is None:
+        return mesh_sizes(None, config.devices)
+    if config.devices != 1:
+        raise ValueError("pass one of --devices and --mesh")
+    named = parsed_mesh(config.mesh)
+    return mesh_sizes(named, math.prod(named.values()))
+
+
+def _stages(config: Config, devices: int, at: Any) -> dict[str, Any]:
+    stages = (0, 1, 2, 3) if devices > 1 else (config.stage,)
     accounts = {stage: at(stage) for stage in stages}
     return {
         "bytes_per_device": accounts[config.stage].kinds(),
@@ -168,16 +196,18 @@ def _stages(config: Config, at: Any) -> dict[str, Any]:
 # -- against compilers -----------------------------------------------------------------------------
 
 
-def checked(console: Console) -> dict[str, Any]:
-    """Predictions beside programs, for the twelve cases and those held out."""
+def checked(asked: Sequence[Case], console: Console) -> dict[str, Any]:
+    """Predictions beside programs."""
     from sharding import make_mesh
     from sharding.aot import topology
+    from sharding.mesh import mesh_sizes
 
-    mesh = make_mesh(None, topology(TOPOLOGY))
+    devices = topology(TOPOLOGY)
     rows: list[dict[str, Any]] = []
-    for case in (*cases(), *held_out()):
+    for case in asked:
         with console.status(case.title):
-            r = compared(case, predicted(case, DEVICES), compiled(case, mesh))
+            found = compiled(case, make_mesh(case.mesh, devices))
+            r = compared(case, predicted(case, mesh_sizes(case.mesh, DEVICES)), found)
         rows.append(r | {"held_out": case in held_out()})
         console.print(f"{case.title}: {r['error']:+.1%}")
     worst = max(abs(r["error"]) for r in rows)
@@ -194,7 +224,7 @@ def account_table(config: Config, result: dict[str, Any]) -> Table:
     table.add_column("GB on each device")
     stages = result["stages"]
     for stage in stages:
-        title = f"stage {stage}" if config.devices > 1 else "GB"
+        title = f"stage {stage}" if len(stages) > 1 else "GB"
         table.add_column(title, justify="right", style="bold" if int(stage) == config.stage else "")
     for kind in next(iter(stages.values())):
         cells = [kinds[kind] for kinds in stages.values()]
@@ -225,6 +255,7 @@ def check_table(result: dict[str, Any]) -> Table:
 
 def _what(config: Config) -> str:
     many = f", {config.devices} devices" if config.devices > 1 else ""
+    many = f", {config.mesh}" if config.mesh else many
     if config.model is None:
         size = f"{config.params:,.0f} parameters"
         if config.trained is not None:
@@ -232,6 +263,7 @@ def _what(config: Config) -> str:
         return f"{size}, {config.precision}, Adam{many}"
     keeps = ", remat" if config.remat else ""
     keeps += f" but {config.keep}" if config.keep != "nothing" else ""
+    keeps += f", in {config.accumulate} parts" if config.accumulate > 1 else ""
     return (
         f"{pathlib.Path(config.model).name}, {config.method}, {config.precision}, "
         f"{config.optimiser}, {config.batch} x {config.sequence} tokens{keeps}{many}"
@@ -241,7 +273,8 @@ def _what(config: Config) -> str:
 def draw(config: Config, result: dict[str, Any], console: Console) -> None:
     """Stacked bars: a stage each, or a case each with what its program says."""
     version = f"jax {result['versions']['jax']}, {result['machine']['date']}"
-    if config.check:
+    check = config.check or config.check_parts
+    if check:
         source = f"predicted from shapes, and compiled for {result['topology']}; {version}"
         bars = {r["title"]: r["predicted"] for r in result["rows"]}
         title = "predicted (bars) and compiled (marks): the most memory of a training step"
@@ -261,7 +294,7 @@ def draw(config: Config, result: dict[str, Any], console: Console) -> None:
             if max(widths) > 0.002 * max(sum(k.values()) / 1e9 for k in bars.values()):
                 axes.barh(range(len(bars)), widths, left=left, color=shade, label=kind)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        if config.check:
+        if check:
             peaks = [r["measured_peak"] / 1e9 for r in result["rows"]]
             axes.plot(
                 peaks, range(len(bars)), "k|", markersize=16, markeredgewidth=2, label="compiled"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from jpeft._split import Split
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiler:
@@ -37,12 +39,14 @@ class Operand:
 
     **Attributes:** `piece`, a step's part of what a loop reads: it has a buffer only where work
     that is not fused reads it; `sharded`, it is a device's part, gathered where it is read;
-    `parameter`, it stands for the whole step, so that a narrow copy of it is made once.
+    `parameter`, it stands for the whole step, so that a narrow copy of it is made once; `split`, by
+    how many devices each axis of it is, gathered or not; None for none.
     """
 
     piece: bool = False
     sharded: bool = False
     parameter: bool = False
+    split: Split | None = None
 
 
 @dataclasses.dataclass

@@ -29,25 +29,33 @@ from jpeft._flat import (
     for_products,
     in_checkpoint,
 )
+from jpeft._split import devices, into_loop, splits, whole
 
 
 class Walk:
     """Buffers of a flat program, and its peak.
 
-    **Arguments:** `size(equation, aval)`, bytes on one device of what an equation makes; `stacked`,
-    of a loop's step, what it adds to stacks.
+    **Arguments:** `size(equation, aval, parts)`, bytes on one device of what an equation makes, of
+    which it has one of so many parts; `stacked`, of a loop's step, what it adds to stacks.
     """
 
     def __init__(
         self,
         flat: Flat,
         operands: Sequence[Operand],
-        size: Callable[[Equation | None, Any], int],
+        size: Callable[[Equation | None, Any, int], int],
         compiler: Compiler,
         stacked: Iterable[int] = (),
     ) -> None:
         self.flat, self.compiler, self.size = flat, compiler, size
         self.stacked = set(stacked)
+        self.split = splits(
+            flat,
+            [
+                o.split or whole(flat.avals[v].shape)
+                for v, o in zip(flat.ins, operands, strict=True)
+            ],
+        )
         self.maker = {v: i for i, e in enumerate(flat.equations) for v in e.outs}
         self.readers: dict[int, list[int]] = {}
         for i, e in enumerate(flat.equations):
@@ -98,10 +106,16 @@ class Walk:
     def _new(self, v: int, i: int, gathered: bool = False) -> None:
         aval = self.flat.avals[v]
         made_by = self.flat.equations[i] if i >= 0 else None
-        size = bytes_of(aval) if gathered else self.size(made_by, aval)
+        size = self._bytes(v) if gathered else self.size(made_by, aval, self._parts(v))
         if self.compiler.narrow and aval.dtype == jnp.float32 and for_products(self.flat, v):
             size //= 2
         self.buffers[v] = Buffer(size, i, i, gathered)
+
+    def _parts(self, v: int) -> int:
+        return devices(self.split[v])
+
+    def _bytes(self, v: int) -> int:
+        return bytes_of(self.flat.avals[v]) // self._parts(v)
 
     def _seen(self, v: int) -> Iterable[int]:
         """The equations that read a value, seen through what keeps its buffer."""
@@ -152,7 +166,7 @@ class Walk:
                 made_of.add(x)
             else:
                 todo += [y for y in self.flat.equations[made].ins if y is not None]
-        return sum(bytes_of(self.flat.avals[x]) for x in made_of) < bytes_of(self.flat.avals[v])
+        return sum(self._bytes(x) for x in made_of) < self._bytes(v)
 
     def _base(self, v: int) -> int:
         while v in self.maker and self.flat.equations[self.maker[v]].name in ALIASES:
@@ -175,7 +189,7 @@ class Walk:
         # Computed by each reader anew, unless what it is made of would have to stay for that.
         until = self._extent(v, None, {})
         longer = (r for r in reads if r in self.buffers and self._extent(r, v, {}) < until)
-        size = self.size(e, self.flat.avals[v])
+        size = self.size(e, self.flat.avals[v], self._parts(v))
         if sum(self.buffers[r].size for r in longer) > size:
             return True
         for i in asked:
@@ -279,7 +293,11 @@ class Walk:
         """The peak of a loop's step, or of a branch."""
         if e.name == "scan":
             consts, carries = scan_counts(e.eqn)
-            given = [Operand(n >= consts + carries, v in self.sharded) for n, v in enumerate(e.ins)]
+            inside = into_loop(e, [whole(()) if v is None else self.split[v] for v in e.ins])
+            given = [
+                Operand(n >= consts + carries, v in self.sharded, split=inside[n])
+                for n, v in enumerate(e.ins)
+            ]
             return self._body(e.eqn.params["jaxpr"], given, carries)
         if e.name not in ("while", "cond"):
             return Peak()
@@ -295,6 +313,10 @@ class Walk:
     def _body(self, jaxpr: Any, given: Sequence[Operand], carries: int | None = None) -> Peak:
         flat = Flat(jaxpr)
         stacked = [] if carries is None else [v for v in flat.outs[carries:] if v is not None]
-        peak = Walk(flat, given, lambda _, x: bytes_of(x), self.compiler, stacked).peak()
+        peak = Walk(flat, given, _share, self.compiler, stacked).peak()
         gathered = peak.gathered + sum(b.size for b in peak.buffers.values() if b.gathered)
         return dataclasses.replace(peak, gathered=gathered, working=peak.total - gathered)
+
+
+def _share(made_by: Equation | None, aval: Any, parts: int) -> int:
+    return bytes_of(aval) // parts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import optax
 
 from jpeft._buffers import COMPILERS, Operand
-from jpeft._flat import FUSED, Equation, Flat, bytes_of
-from jpeft._liveness import Walk
+from jpeft._flat import bytes_of
 from jpeft._near import did_you_mean
+from jpeft._split import Split, whole
+from jpeft._temporaries import TEMPORARIES, Shared, temporaries
+from jpeft._traced_step import part_of, step_of, update_of
 from jpeft.precision import MasterState
 
 ARGUMENTS = ("frozen", "trained", "masters", "optimiser", "batch")
-TEMPORARIES = ("gradients", "activations", "gathered", "working")
 DIVIDED = ("frozen", "trained", "optimiser", "gradients")
 
 
@@ -165,7 +166,9 @@ def account(
     batch: Any,
     key: Any = None,
     *,
+    accumulate: int = 1,
     divide: Mapping[str, Any] | None = None,
+    split: Mapping[str, Any] | None = None,
     compiler: str = "tpu",
 ) -> Account:
     """The memory of a training step, from the shapes of its arguments.
@@ -180,64 +183,64 @@ def account(
       over.
     - `trainable`, `frozen`, `batch`, `key`, arrays or their shapes; parameters whole, of the batch
       the rows of one device.
+    - `accumulate`, in how many parts the batch is taken, whose gradients are summed in fp32.
     - `divide`, by how many devices arrays of a kind are shared: `frozen`, `trained`, `optimiser`,
       `gradients`; each a number, or a tree of them. What is frozen or trained and shared is
       gathered where the loss reads it: a layer at a time in a scan.
+    - `split`, by how many devices each axis of `frozen` or `trained` is split where the loss reads
+      it, which is not gathered (tensor parallelism): trees of tuples, a number an axis. What is
+      computed of them is split as a partitioner would. `divide` counts these devices too.
     - `compiler`, whose habits to assume: `tpu`, `cpu` or `gpu`. The last is a guess: it was not
       compared with programs.
 
-    **Raises:** `ValueError` for another compiler or kind.
+    **Raises:** `ValueError` for another compiler or kind, or rows that do not make equal parts.
     """
     if compiler not in COMPILERS:
         near = did_you_mean(compiler, COMPILERS)
         raise ValueError(f"there is no compiler '{compiler}'{near or ': tpu, cpu or gpu'}")
-    divide = dict(divide or {})
-    for kind in divide:
-        if kind not in DIVIDED:
-            near = did_you_mean(kind, DIVIDED)
-            raise ValueError(f"'{kind}' cannot be divided{near or ': ' + ', '.join(DIVIDED)}")
+    divide, split = dict(divide or {}), dict(split or {})
+    for given, known, what in ((divide, DIVIDED, "divided"), (split, DIVIDED[:2], "split")):
+        for kind in given:
+            if kind not in known:
+                near = did_you_mean(kind, known)
+                raise ValueError(f"'{kind}' cannot be {what}{near or ': ' + ', '.join(known)}")
 
     def over(kind: str, tree: Any) -> list[int]:
         by = divide.get(kind, 1)
         return [by] * len(jax.tree.leaves(tree)) if isinstance(by, int) else jax.tree.leaves(by)
 
+    def axes(kind: str, tree: Any) -> list[Split]:
+        if kind not in split:
+            return [whole(x.shape) for x in jax.tree.leaves(tree)]
+        return jax.tree.leaves(split[kind], is_leaf=lambda x: isinstance(x, tuple))
+
     state = jax.eval_shape(optimiser.init, trainable)
-    # The loss and the update read what is trained apart: only the first gathers it.
-    given = (trainable, trainable, state, frozen, batch, key)
-    flat = Flat(jax.make_jaxpr(_step(loss, optimiser))(*given))
-    middle = flat.put_last(flat.outs[-1])
-    trained_by, frozen_by = over("trained", trainable), over("frozen", frozen)
-    gradients_by = dict(
-        zip(
-            (x.shape for x in jax.tree.leaves(trainable)), over("gradients", trainable), strict=True
+    trained = Shared.of(trainable, over("trained", trainable), axes("trained", trainable))
+    gradients = Shared.of(trainable, over("gradients", trainable), axes("trained", trainable))
+    base = Shared.of(frozen, over("frozen", frozen), axes("frozen", frozen))
+    habits = COMPILERS[compiler]
+    whole_state = [Operand()] * len(jax.tree.leaves(state))
+    if accumulate == 1:
+        # The loss and the update read what is trained apart: only the first gathers it.
+        given = (trainable, trainable, state, frozen, batch, key)
+        operands = [*trained.operands(), *gradients.updated(), *whole_state, *base.operands()]
+        found = temporaries(step_of(loss, optimiser), given, operands, gradients, habits)
+    else:
+        sums = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
+        part = jax.tree.map(lambda x: _rows(x, accumulate), batch)
+        given = (trainable, sums, frozen, part, key)
+        operands = [*trained.operands(), *gradients.updated(), *base.operands()]
+        found = temporaries(part_of(loss), given, operands, gradients, habits)
+        last = [*gradients.updated(), *gradients.updated(), *whole_state]
+        update = temporaries(
+            update_of(optimiser), (sums, trainable, state), last, gradients, habits
         )
-    )
-
-    def size(made_by: Equation | None, aval: Any) -> int:
-        # What has a trained array's shape is its gradient, or on the way to its update.
-        whole = made_by is not None and made_by.name not in FUSED and made_by.name != "scan"
-        return bytes_of(aval) // (1 if whole else gradients_by.get(aval.shape, 1))
-
-    operands = [
-        *(Operand(sharded=n > 1, parameter=True) for n in trained_by),
-        *(Operand() for _ in jax.tree.leaves((trainable, state))),
-        *(Operand(sharded=n > 1, parameter=True) for n in frozen_by),
-        *(Operand() for _ in jax.tree.leaves((batch, key))),
-    ]
-    walk = Walk(flat, operands, size, COMPILERS[compiler])
-    peak = walk.peak()
-    found: dict[str, int] = dict.fromkeys(TEMPORARIES, 0)
-    for v, buffer in peak.buffers.items():
-        # A narrow copy of a parameter is no activation.
-        kept = middle if v in walk.maker else len(flat.equations)
-        found[_kind(flat.avals[v].shape, buffer, kept, gradients_by)] += buffer.size
-    found["gathered"] += peak.gathered
-    # Less where results take over what they are made of.
-    found["working"] = peak.total - sum(found[k] for k in TEMPORARIES[:-1])
+        found = max(found, update, key=lambda kinds: sum(kinds.values()))
+        found["gradients"] += _bytes(sums, gradients.by)
     masters, rest = _masters(state, over("optimiser", state))
     return Account(
-        frozen=_shared(frozen, frozen_by),
-        trained=_shared(trainable, trained_by),
+        frozen=_bytes(frozen, base.by),
+        trained=_bytes(trainable, trained.by),
         masters=masters,
         optimiser=rest,
         batch=sum(map(bytes_of, jax.tree.leaves((batch, key)))),
@@ -245,31 +248,15 @@ def account(
     )
 
 
-def _kind(shape: Any, buffer: Any, middle: int, gradients: Mapping[Any, int]) -> str:
-    if buffer.gathered:
-        return "gathered"
-    if buffer.made > middle and shape in gradients:
-        return "gradients"
-    return "activations" if buffer.made <= middle < buffer.last else "working"
+def _rows(x: Any, parts: int) -> Any:
+    if not x.shape:
+        return x
+    if x.shape[0] % parts:
+        raise ValueError(f"a batch of {x.shape[0]} rows cannot be taken in {parts} equal parts")
+    return jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype)
 
 
-def _step(loss: Any, optimiser: Any) -> Callable[..., Any]:
-    def step(read: Any, trainable: Any, state: Any, frozen: Any, batch: Any, key: Any) -> Any:
-        def mean(trainable: Any) -> Any:
-            out = loss(trainable, frozen, batch, key)
-            total, count = out if isinstance(out, tuple) else (out, 1)
-            return jnp.asarray(total, jnp.float32) / jnp.maximum(count, 1)
-
-        value, grads = jax.value_and_grad(mean)(read)
-        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-        grads = jax.tree.map(lambda g: (g / jnp.maximum(norm, 1)).astype(g.dtype), grads)
-        updates, state = optimiser.update(grads, state, trainable)
-        return optax.apply_updates(trainable, updates), state, value
-
-    return step
-
-
-def _shared(tree: Any, by: list[int]) -> int:
+def _bytes(tree: Any, by: Sequence[int]) -> int:
     return sum(bytes_of(x) // n for x, n in zip(jax.tree.leaves(tree), by, strict=True))
 
 

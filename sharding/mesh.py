@@ -53,7 +53,7 @@ def mesh_sizes(shape: str | Mapping[str, int] | None, devices: int) -> tuple[int
     """The sizes of `data`, `fsdp` and `tensor` on so many devices. **Raises:** `ValueError`."""
     if shape is None:
         shape = {"fsdp": devices}
-    named = _parsed(shape) if isinstance(shape, str) else dict(shape)
+    named = parsed_mesh(shape) if isinstance(shape, str) else dict(shape)
     for name, size in named.items():
         if name not in AXES:
             raise ValueError(f"the mesh has no axis '{name}': its axes are {', '.join(AXES)}")
@@ -71,7 +71,8 @@ def mesh_sizes(shape: str | Mapping[str, int] | None, devices: int) -> tuple[int
     return data, fsdp, tensor
 
 
-def _parsed(text: str) -> dict[str, int]:
+def parsed_mesh(text: str) -> dict[str, int]:
+    """The axes of `data=2,fsdp=4`. **Raises:** `ValueError` for what is not written so."""
     out: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = part.strip().partition("=")

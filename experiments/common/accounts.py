@@ -34,12 +34,17 @@ class Case:
     quantize: Quantised | None = None
     optimiser: Name = "adamw"
     offload: bool = False
+    mesh: str | None = None
 
     @property
     def title(self) -> str:
         """In a few words."""
         keeps = "remat" if self.remat else "keeps all"
-        return f"{self.model}, {self.method}, {self.numbers}, stage {self.stage}, {keeps}"
+        parts = f", {self.accumulate} parts" if self.accumulate > 1 else ""
+        mesh = f", {self.mesh}" if self.mesh else ""
+        return (
+            f"{self.model}, {self.method}, {self.numbers}, stage {self.stage}, {keeps}{parts}{mesh}"
+        )
 
 
 def cases() -> list[Case]:
@@ -67,6 +72,22 @@ def held_out() -> list[Case]:
     ]
 
 
+def in_parts() -> list[Case]:
+    """Steps whose layers are split over `tensor`, whose batch is taken in parts, and both."""
+
+    def case(method: Method, numbers: Precision, stage: Stage, remat: bool, **more: Any) -> Case:
+        return Case("qwen3-0.6b", method, numbers, stage, remat, 32, 1024, **more)
+
+    return [
+        case("full", "mixed", 3, True, mesh="fsdp=2,tensor=4"),
+        case("full", "mixed", 1, False, mesh="data=4,tensor=2"),
+        case("lora", "bfloat16", 3, False, mesh="fsdp=4,tensor=2"),
+        case("full", "mixed", 2, True, accumulate=4),
+        case("lora", "bfloat16", 3, False, accumulate=2),
+        case("full", "mixed", 3, True, accumulate=2, mesh="data=2,fsdp=2,tensor=2"),
+    ]
+
+
 def seen_by_one(case: Case) -> Planned:
     """The step as one device sees it, whose shapes do not depend on the stage."""
     from jax.sharding import AbstractMesh
@@ -79,14 +100,17 @@ def seen_by_one(case: Case) -> Planned:
 
 def predicted(
     case: Case,
-    devices: int,
+    sizes: tuple[int, int, int],
     optimiser: Optimiser = "adam",
     compiler: str = "tpu",
     planned: Planned | None = None,
 ) -> Account:
-    """The account of a case's step on one of so many devices, all on `fsdp`.
+    """The account of a case's step on one device of a mesh.
 
-    **Arguments:** `planned`, what `seen_by_one` gives, where it is at hand.
+    **Arguments:** `sizes`, of `data`, `fsdp` and `tensor`; `planned`, what `seen_by_one` gives,
+    where it is at hand.
+
+    **Raises:** `ValueError` for rows that do not divide over devices and parts.
     """
     import jax
     from jax.sharding import AbstractMesh
@@ -95,27 +119,42 @@ def predicted(
     from jpeft.memory import account
     from sharding import AXES, Zero
 
+    shared = sizes[0] * sizes[1]
+    if case.rows % (shared * case.accumulate):
+        raise ValueError(
+            f"{case.rows} rows cannot be shared evenly by {shared} devices"
+            + (f", in {case.accumulate} parts each" if case.accumulate > 1 else "")
+        )
     planned = planned or seen_by_one(case)
-    zero, axes = Zero(AbstractMesh((1, devices, 1), AXES), case.stage), planned.step.axes
+    zero, axes = Zero(AbstractMesh(sizes, AXES), case.stage), planned.step.axes
     update = planned.step.optimiser
     if optimiser != "adam":
         update = Scale(precision=case.numbers).optimiser(_other(optimiser), 0)
     state = jax.eval_shape(update.init, planned.trainable)
+    trained, frozen = planned.trainable, planned.frozen
+    # Each is scattered as it is made, from stage 1 on: its device's part is all that is read. Where
+    # parts of a batch are summed, stage 1 sums whole ones.
+    summed = zero.gradients if case.accumulate > 1 else zero.reduced
     divide = {
-        "trained": _parts(planned.trainable, zero.parameters(planned.trainable, axes)),
-        "frozen": _parts(planned.frozen, zero.parameters(planned.frozen, axes)),
-        # Each is scattered as it is made, from stage 1 on: its device's part is all that is read.
-        "gradients": _parts(planned.trainable, zero.reduced(planned.trainable, axes)),
-        "optimiser": _parts(state, zero.optimiser(state, planned.trainable, axes)),
+        "trained": _parts(trained, zero.parameters(trained, axes)),
+        "frozen": _parts(frozen, zero.parameters(frozen, axes)),
+        "gradients": _parts(trained, summed(trained, axes)),
+        "optimiser": _parts(state, zero.optimiser(state, trained, axes)),
+    }
+    split = {
+        "trained": _axes(trained, zero.used(trained, axes)),
+        "frozen": _axes(frozen, zero.used(frozen, axes)),
     }
     return account(
         planned.step.loss,
         update,
-        planned.trainable,
-        planned.frozen,
-        planned.batch(case.rows // devices),
+        trained,
+        frozen,
+        planned.batch(case.rows // shared),
         jax.eval_shape(lambda: jax.random.key(0)),
+        accumulate=case.accumulate,
         divide=divide,
+        split=split,
         compiler=compiler,
     )
 
@@ -134,6 +173,16 @@ def _parts(tree: Any, shardings: Any) -> Any:
 
     def of(x: Any, s: Any) -> int:
         return math.prod(x.shape) // math.prod(s.shard_shape(x.shape))
+
+    return jax.tree.map(of, tree, shardings)
+
+
+def _axes(tree: Any, shardings: Any) -> Any:
+    """Over how many devices each axis of each array is split."""
+    import jax
+
+    def of(x: Any, s: Any) -> tuple[int, ...]:
+        return tuple(n // m for n, m in zip(x.shape, s.shard_shape(x.shape), strict=True))
 
     return jax.tree.map(of, tree, shardings)
 

@@ -34,6 +34,8 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     if result["kind"] == "methods":
         names = list(dict.fromkeys(n for m in models for n in m["scores"]))
         return [_scores(f"{head}, by method", models, names, lambda m: m["scores"])]
+    if result["kind"] == "lora_plus":
+        return [_ratios(f"{result['task']}: LoRA+ by ratio of the rates of B and A", models)]
     out: list[Table] = []
     for kind in KINDS:
         dims = sorted({int(d) for m in models for d in m["scores"][kind]})
@@ -58,6 +60,20 @@ def _scores(head: str, models: Sequence[Any], names: Sequence[str], of: Any) -> 
     for m in models:
         cells = [shown(of(m)[n]) if n in of(m) else "" for n in names]
         out.add_row(title(m), f"{m['parameters']:,}", *cells)
+    return out
+
+
+def _ratios(head: str, models: Sequence[Any]) -> Table:
+    out = Table(title=head)
+    out.add_column("model")
+    for name in ("width", "ratio", "score", "last loss", "steps to ratio 1's last loss, by seed"):
+        out.add_column(name, justify="right")
+    for m in models:
+        for ratio, r in m["ratios"].items():
+            steps = " ".join(f"{n:,}" for n in r["steps"])
+            cells = (shown(r["score"]), shown(r["last_loss"]), steps)
+            out.add_row(title(m), str(m["width"]), ratio, *cells)
+        out.add_section()
     return out
 
 
@@ -91,6 +107,9 @@ def draw(out: pathlib.Path | None, result: Mapping[str, Any], console: Console) 
     source = _source(result)
     if result["kind"] == "methods":
         _draw_scores(out, result, sizes, source, console)
+        return
+    if result["kind"] == "lora_plus":
+        _draw_ratios(out, result, sizes, source, console)
         return
     x = [m["parameters"] for m in sizes]
     with figure(out, "d90_by_size", source, console) as axes:
@@ -164,6 +183,36 @@ def _draw_scores(
         axes.set_xscale("log")
         axes.set_xlabel("parameters of the encoder (log scale)")
         axes.set_ylabel(f"{result['task']}, validation {result['metric']}")
+        axes.legend(frameon=False, fontsize=8)
+        axes.grid(alpha=0.3)
+
+
+def _draw_ratios(
+    out: pathlib.Path | None,
+    result: Mapping[str, Any],
+    sizes: Sequence[Any],
+    source: str,
+    console: Console,
+) -> None:
+    """The last loss less plain LoRA's, by ratio, a line for each width; bars over the seeds."""
+    with figure(out, "lora_plus_by_width", source, console) as axes:
+        if axes is None:
+            return
+        for i, m in enumerate(sizes):
+            by_ratio = {float(r): v["last_loss"]["values"] for r, v in m["ratios"].items()}
+            x, plain = sorted(by_ratio), by_ratio[1.0]
+            less = [[a - b for a, b in zip(by_ratio[r], plain, strict=True)] for r in x]
+            mean = [sum(d) / len(d) for d in less]
+            low = [y - min(d) for y, d in zip(mean, less, strict=True)]
+            high = [max(d) - y for y, d in zip(mean, less, strict=True)]
+            label = f"{title(m)}, width {m['width']}"
+            colour = COLOURS[i % len(COLOURS)]
+            axes.errorbar(x, mean, [low, high], marker="o", capsize=3, color=colour, label=label)
+        axes.axhline(0, color="0.7", linestyle=":", linewidth=1)
+        axes.set_xscale("log", base=4)
+        axes.set_xticks(x, [f"{r:g}" for r in x])
+        axes.set_xlabel("rate of B / rate of A")
+        axes.set_ylabel("last training loss, less that of ratio 1")
         axes.legend(frameon=False, fontsize=8)
         axes.grid(alpha=0.3)
 

@@ -1,26 +1,27 @@
-"""Claims on LoRA: its rank against the weights it updates, and LoRA+'s rates."""
+"""Claims on LoRA: its rank against the weights that it updates."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.common import claims_scores as scores
-from experiments.common.claims import POINTS, TIMES, Claim, Results, Verdict, decide, undecided
+from experiments.common.claims import POINTS, Claim, Results, Verdict, decide, undecided
 from experiments.common.claims_intervals import of_mean
 
-RANK, PLUS = "LoRA: rank and weights", "LoRA+"
-HU, HAYOU = "Hu et al. 2022, table 6", "Hayou et al. 2024"
+RANK = "LoRA: rank and weights"
+HU = "Hu et al. 2022, table 6"
 CLOSE = 0.01  # a point
-RATIO = 16.0  # of the rates of B and A, the paper's
+FEW = 0.05  # of the answers
 RANK_COMMAND = (
     "python -m experiments.lora_rank --task {task} --data DIR --seeds 3 --ranks 1 2 4 8 64 "
     "--out docs/results/lora_rank/{task}"
 )
-PLUS_COMMAND = (
-    "python -m experiments.lora_plus --task {task} --data DIR --seeds 3 --ratios 1 4 16 "
-    "--out docs/results/lora_plus/{task}"
+DECODER_COMMAND = (
+    "python -m experiments.lora_rank_decoder --task {task} --data DIR "
+    "--model MODELS/decoder/64m/model --seeds 3 --ranks 1 2 4 8 64 "
+    "--weights q q,v q,k,v,o --length 128 --generate 500 "
+    "--out docs/results/lora_rank_decoder/{task}"
 )
 
 
@@ -53,26 +54,28 @@ def claims() -> tuple[Claim, ...]:
             wanted=("mnli", "sst2"),
         ),
         Claim(
-            "5a",
-            PLUS,
-            "With B learning 16 times as fast, plain LoRA's last loss is reached in fewer steps.",
-            HAYOU,
-            "up to 2 times faster",
-            ("lora_plus",),
-            judge_steps,
-            PLUS_COMMAND,
-            wanted=("sst2",),
+            "4c",
+            RANK,
+            "So it is for a decoder that writes SQL.",
+            HU,
+            "GPT-3 175B, WikiSQL, q and v, ranks 1 and 64: 73.4 and 73.5",
+            ("lora_rank_decoder",),
+            judge_rank_of_answers,
+            DECODER_COMMAND,
+            accepts=lambda r: "q,v" in r["scores"],
+            wanted=("wikisql",),
         ),
         Claim(
-            "5b",
-            PLUS,
-            "With B learning 16 times as fast the score is higher.",
-            HAYOU,
-            "1 to 2 points higher",
-            ("lora_plus",),
-            judge_score,
-            PLUS_COMMAND,
-            wanted=("sst2",),
+            "4d",
+            RANK,
+            "There too updating q and v is above updating q alone.",
+            HU,
+            "GPT-3 175B, WikiSQL, q,v against q, ranks 1 to 64: 73.3 to 73.8 against 68.8 to 70.5",
+            ("lora_rank_decoder",),
+            judge_weights_of_answers,
+            DECODER_COMMAND,
+            accepts=lambda r: "q" in r["scores"] and "q,v" in r["scores"],
+            wanted=("wikisql",),
         ),
     )
 
@@ -118,55 +121,59 @@ def _table(result: Mapping[str, Any], kinds: Sequence[str]) -> str:
     return "; ".join(rows)
 
 
-# -- LoRA+ -----------------------------------------------------------------------------------------
+# -- of answers that a decoder writes --------------------------------------------------------------
 
 
-def faster(result: Mapping[str, Any]) -> str | None:
-    """The ratio to hold against plain LoRA: the paper's, or the one nearest to it above 1."""
-    ratios = [r for r in result["rows"] if float(r) > 1]
-    return min(ratios, key=lambda r: abs(math.log(float(r) / RATIO))) if ratios else None
-
-
-def judge_steps(results: Results) -> Verdict:
-    """Steps of plain LoRA over steps to its last loss, by seed."""
+def judge_rank_of_answers(results: Results) -> Verdict:
+    """As `judge_rank`, of the share of answers that are right."""
     (result,) = results
-    ratio, rows = faster(result), result["rows"]
-    ours = "steps to plain LoRA's last loss: " + ", ".join(
-        f"ratio {r} {_steps(row['steps_to_plain_loss'])}" for r, row in rows.items()
+    ranks, ours, metric = _ranks(result, "q,v"), _losses(result), result["metric"]
+    if len(ranks) < 2:
+        return undecided(ours, "there is one rank alone")
+    low, high = (result["scores"]["q,v"][str(r)].get(metric) for r in (ranks[0], ranks[-1]))
+    if metric == "loss" or _hardly(result):
+        return undecided(ours, f"under {FEW:.0%} of the answers are right: there is no score yet")
+    each = scores.less(scores.listed(low), scores.listed(high))
+    what = f"q,v, rank {ranks[0]} less rank {ranks[-1]}"
+    return decide(
+        of_mean(list(each.values()), "seeds, paired"), -CLOSE, POINTS, what=what, ours=ours
     )
-    if ratio is None or "1" not in rows:
-        return undecided(ours, "it takes ratio 1 and a larger one")
-    # Each seed's losses, in windows.
-    plain, fast = (rows[r].get("curves") for r in ("1", ratio))
-    if plain is None or fast is None:
-        return undecided(ours, "the file holds losses as their mean over seeds alone: no interval")
-    window = int(result["config"]["window"])
-    gains = [
-        math.log(steps_to(a, a[-1], window) / steps_to(b, a[-1], window))
-        for a, b in zip(plain, fast, strict=False)
-    ]
-    found = of_mean(gains, "seeds, paired")
-    shown = None if found is None else found.map(math.exp)
-    return decide(shown, 1.0, TIMES, what=f"ratio {ratio}, fewer steps by", ours=ours)
 
 
-def steps_to(curve: Sequence[float], loss: float, window: int) -> int:
-    """Steps until a curve is at a loss; all of its steps and a window more where it never is."""
-    reached = next((i for i, x in enumerate(curve) if x <= loss), len(curve))
-    return (reached + 1) * window
-
-
-def _steps(steps: int | None) -> str:
-    return "never" if steps is None else f"{steps:,}"
-
-
-def judge_score(results: Results) -> Verdict:
-    """The ratio's score less plain LoRA's."""
+def judge_weights_of_answers(results: Results) -> Verdict:
+    """As `judge_weights`, of the share of answers that are right."""
     (result,) = results
-    ratio, rows = faster(result), result["rows"]
-    ours = ", ".join(f"ratio {r} {scores.shown(scores.of_run(result, f'ratio_{r}'))}" for r in rows)
-    if ratio is None or "1" not in rows:
-        return undecided(ours, "it takes ratio 1 and a larger one")
-    each = scores.less(*(scores.of_run(result, f"ratio_{r}") for r in (ratio, "1")))
+    ours, metric = _losses(result), result["metric"]
+    if metric == "loss" or _hardly(result):
+        return undecided(ours, f"under {FEW:.0%} of the answers are right: there is no score yet")
+    both, q = (result["scores"][w] for w in ("q,v", "q"))
+    each = scores.mean_of(
+        [
+            scores.less(scores.listed(both[r][metric]), scores.listed(q[r][metric]))
+            for r in both
+            if r in q
+        ]
+    )
     found = of_mean(list(each.values()), "seeds, paired")
-    return decide(found, 0.0, POINTS, what=f"ratio {ratio} less ratio 1", ours=ours)
+    return decide(found, 0.0, POINTS, what="q,v less q, mean over ranks", ours=ours)
+
+
+def _hardly(result: Mapping[str, Any]) -> bool:
+    """Whether hardly any answer is right, whatever is trained: equal scores then say nothing."""
+    each = (by[result["metric"]]["mean"] for of in result["scores"].values() for by in of.values())
+    return max(each) < FEW
+
+
+def _losses(result: Mapping[str, Any]) -> str:
+    metric = result["metric"]
+
+    def shown(by: Mapping[str, Any]) -> str:
+        right = "" if metric == "loss" else f" ({scores.shown(scores.listed(by[metric]))}%)"
+        return f"{by['loss']['mean']:.3f}{right}"
+
+    told = "held-out nats a token" + ("" if metric == "loss" else f" (and {metric})")
+    rows = (
+        f"{w}: " + ", ".join(f"r {r} {shown(by)}" for r, by in of.items())
+        for w, of in result["scores"].items()
+    )
+    return f"{told}: " + "; ".join(rows)

@@ -21,7 +21,8 @@ class Member:
     """One model.
 
     **Attributes:** `name`, as given; `step`, of its pre-training, None where that is not known;
-    `parameters`, the encoder's, without a head; `longest`, the tokens that it reads.
+    `parameters`, the encoder's, without a head; `width`, of its residual stream; `longest`, the
+    tokens that it reads.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Member:
     size: str
     step: int | None
     parameters: int
+    width: int
     longest: int
 
     @property
@@ -79,7 +81,8 @@ def member(name: str, directory: pathlib.Path) -> Member:
     except CheckpointError as e:
         raise CheckpointError(f"--models {name}: {e}; encoders are what is compared here") from e
     family, size, step = named(directory, config.model_type)
-    return Member(name, directory, family, size, step, _parameters(config), config.longest)
+    count, width = _parameters(config), config.hidden_size
+    return Member(name, directory, family, size, step, count, width, config.longest)
 
 
 def named(directory: pathlib.Path, kind: str) -> tuple[str, str, int | None]:

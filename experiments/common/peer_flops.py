@@ -64,7 +64,7 @@ def forward_flops(p: Products, length: int) -> float:
     return p.layers * layer + head
 
 
-def step_flops(p: Products, method: Method, length: int) -> float:
+def step_flops(p: Products, method: Method, length: int, rank: int = RANK) -> float:
     """Of one token's part of a training step: forward, and the gradients that the method needs.
 
     A product with a trained matrix is made three times, with a frozen one twice: its own gradient
@@ -75,7 +75,7 @@ def step_flops(p: Products, method: Method, length: int) -> float:
     added = 0.0
     if method in ("lora", "lora_all", "qlora"):
         chosen = p.some if method == "lora" else p.linear
-        added = p.layers * sum(2.0 * RANK * (a + b) for a, b in chosen)
+        added = p.layers * sum(2.0 * rank * (a + b) for a, b in chosen)
     elif method == "adapter":
         added = p.layers * sum(4.0 * BOTTLENECK * width for width in p.out)
     times = 3.0 if method == "full" else 2.0

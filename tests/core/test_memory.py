@@ -124,9 +124,64 @@ def test_shares_of_devices():
     assert got.activations == whole.activations
 
 
+def wide(trainable, frozen, batch, key):
+    """Two products, and a cosine of what is between: an axis that devices may share."""
+    return jnp.mean((jnp.sin(batch @ trainable["up"]) @ trainable["down"]) ** 2)
+
+
+def of_wide(split, optimiser=None, **options):
+    shape = {"up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
+    trainable = {k: jax.ShapeDtypeStruct(x, jnp.float32) for k, x in shape.items()}
+    batch = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
+    axes = {"up": (1, split), "down": (split, 1)}
+    options |= {"split": {"trained": axes}, "compiler": "cpu"}
+    options |= {"divide": dict.fromkeys(("trained", "gradients", "optimiser"), split)}
+    return account(wide, optimiser or optax.sgd(1e-3), trainable, {}, batch, **options)
+
+
+def test_axes_that_devices_share_share_what_is_computed_of_them():
+    rows = ROWS * WIDTH * 4
+    one, four = of_wide(1), of_wide(4)
+    # The sine and the cosine are 4 rows' width each, and a fourth of that; the rest is whole.
+    assert one.activations - four.activations == 2 * 3 * rows
+    assert four.gathered == 0
+    assert (four.trained, four.gradients) == (one.trained // 4, one.gradients // 4)
+
+
+def test_parts_of_a_batch():
+    weights, rows = LAYERS * WIDTH**2 * 4, ROWS * WIDTH * 4
+    whole, parts = of_layers(), of_layers(accumulate=4)
+    assert 2 * LAYERS * rows // 4 <= parts.activations <= (2 * LAYERS + 2) * rows // 4
+    assert whole.activations > 3 * parts.activations
+    # The sums, and a part's own gradients beside them.
+    assert parts.gradients == whole.gradients + weights == 2 * weights
+    assert parts.arguments == whole.arguments
+    narrow = of_layers(dtype=jnp.bfloat16, accumulate=4)
+    assert narrow.gradients == weights + weights // 2  # sums are in fp32
+
+
+def test_an_update_that_needs_more_than_a_part():
+    """Adafactor's squares of a large matrix, beside a batch of nothing."""
+    tall = {"w": jax.ShapeDtypeStruct((4096, 2048), jnp.float32)}
+    row = jax.ShapeDtypeStruct((2, 4096), jnp.float32)
+
+    def loss(trainable, frozen, batch, key):
+        return jnp.mean((batch @ trainable["w"]) ** 2)
+
+    parts = account(loss, optax.adafactor(1e-3), tall, {}, row, accumulate=2, compiler="cpu")
+    assert parts.gradients >= size_of(tall)
+
+
+def size_of(shapes):
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        ({"split": {"trainable": {}}}, "did you mean 'trained'"),
+        ({"split": {"optimiser": {}}}, "'optimiser' cannot be split: frozen, trained"),
+        ({"accumulate": 3}, "512 rows cannot be taken in 3 equal parts"),
         ({"compiler": "tpv"}, "did you mean 'tpu'"),
         ({"divide": {"gradient": 8}}, "did you mean 'gradients'"),
     ],

@@ -111,6 +111,26 @@ def plus(gaps):
     return swept("lora_plus", runs, {"window": 20}, rows=rows)
 
 
+def plus_by_width(gaps):
+    """The ratio of the lowest loss grows with the width where a seed's gap is above zero."""
+    models = []
+    for k in range(3):
+        lowest = [(1, 4, 16)[k if g > 0 else 2 - k] for g in gaps]
+        curves = {r: [[2.0, 1.0 - (r == at)] for at in lowest] for r in (1, 4, 16)}
+        ratios = {str(r): {"curves": c} for r, c in curves.items()}
+        models.append({"width": 64 * 2**k, "ratios": ratios})
+    return by_size("lora_plus", models)
+
+
+def answers(gaps, right=0.8):
+    """q and v above q alone at rank 1 by the gaps, and rank 1 above rank 8."""
+    shared = [right] * len(gaps)
+    at = lambda x: {"loss": scores([1.0] * len(x)), "exact": scores(x)}  # noqa: E731
+    of = {"q,v": {"1": at([right + g for g in gaps]), "8": at(shared)}, "q": {"1": at(shared)}}
+    config = {"task": "wikisql", "model": "decoder/64m/model"}
+    return [result("lora_rank_decoder/x", config=config, metric="exact", scores=of)]
+
+
 def dylora(gaps):
     def at(gap, one, eight, seconds):
         by_rank = {"1": {"accuracy": one + gap}, "8": {"accuracy": eight + gap}}

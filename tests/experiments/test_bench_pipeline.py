@@ -41,3 +41,9 @@ def test_both_are_measured_in_turn(options):
 def test_turns_that_cannot_be_are_told(options, wrong):
     with pytest.raises(ValueError, match="--rounds is at least 1, and --max-steps at least 2"):
         bench_pipeline.main(bench_pipeline.Config(**options | wrong), Console(quiet=True))
+
+
+@pytest.mark.parametrize("wrong", [{"resume": True}, {"seeds": 3}])
+def test_options_of_trainings_that_are_kept_are_refused(options, wrong):
+    with pytest.raises(ValueError, match=f"--{next(iter(wrong))} is of a training that is kept"):
+        bench_pipeline.main(bench_pipeline.Config(**options | wrong), Console(quiet=True))

@@ -54,8 +54,8 @@ def run(**options):
     return result, said.getvalue()
 
 
-def pretend(monkeypatch, score):
-    """Runs that are not run, with a `score(config, seed)`."""
+def pretend(monkeypatch, score, losses=lambda config, seed: []):
+    """Runs that are not run, with a `score(config, seed)` and losses."""
     seen = {}
 
     def run_seed(config, directory, prepared, seed, console, more):
@@ -65,6 +65,7 @@ def pretend(monkeypatch, score):
             "validation": {"accuracy": score(config, seed)},
             "tokens_per_second": 1.0,
             "constant": {"accuracy": 0.5},
+            "losses": losses(config, seed),
         }
 
     monkeypatch.setattr(lora_glue, "run_seed", run_seed)
@@ -141,6 +142,33 @@ def test_methods_by_size(family, made, monkeypatch):
     assert methods["prompt_1"] == ("prompt", 1)
     if importlib.util.find_spec("matplotlib"):
         assert (made["out"] / "methods_by_size.png").stat().st_size > 5000
+
+
+def test_lora_plus_by_width(family, made, monkeypatch):
+    def losses(config, seed):
+        pace = 1 + 0.2 * config.lora_plus
+        return [1 / (1 + pace * i + seed) for i in range(12)]
+
+    seen = pretend(monkeypatch, lambda config, seed: 0.7, losses)
+    made |= {"kind": "lora_plus", "seeds": 2, "ratios": (1, 4), "window": 3}
+    result, said = run(**made, models=(family[0],))
+    (m,) = result["models"]
+    assert m["width"] == 16
+    assert list(m["ratios"]) == ["1", "4"]
+    plain, fast = m["ratios"].values()
+    assert plain["steps"] == [12, 12]  # its own last loss, at its end
+    assert all(3 <= n < 12 for n in fast["steps"])
+    assert [len(c) for c in fast["curves"]] == [4, 4]
+    assert fast["last_loss"]["mean"] < plain["last_loss"]["mean"]
+    chosen = {n.rpartition("256_")[2]: (c.method, c.lora_plus) for n, c in seen.items()}
+    assert chosen == {"ratio_1": ("lora", 1), "ratio_4": ("lora", 4)}
+    assert "steps to ratio 1's last loss" in said
+    if importlib.util.find_spec("matplotlib"):
+        assert (made["out"] / "lora_plus_by_width.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="1 is what the others are held against"):
+        run(**made | {"ratios": (4, 16)}, models=(family[0],))
+    with pytest.raises(ValueError, match="--window 20: a run has 12 steps"):
+        run(**made | {"window": 20, "overwrite": True}, models=(family[0],))
 
 
 def test_a_real_run(family, made):

@@ -1,16 +1,27 @@
 """The memory command: the rule, a model's account, and the comparison with a program."""
 
+import dataclasses
 import io
 import json
+import math
 
 import jax
 import pytest
 from rich.console import Console
 
-from experiments.common.accounts import Case, cases, compared, compiled, held_out, predicted
+from experiments.common.accounts import (
+    Case,
+    cases,
+    compared,
+    compiled,
+    held_out,
+    in_parts,
+    predicted,
+)
 from experiments.memory import Config, check_table, main
 from jpeft.memory import Account, Measured, rule_of_thumb
 from sharding import make_mesh
+from sharding.mesh import mesh_sizes, parsed_mesh
 
 MODEL = {
     "model_type": "llama",
@@ -88,16 +99,43 @@ def test_prediction_and_program_of_one_device(model):
     """On this processor, whose compiler has habits of its own."""
     case = Case(model, "lora", "float32", 0, False, 8, 128)
     found = compiled(case, make_mesh(None, jax.devices()[:1]))
-    got = compared(case, predicted(case, 1, compiler="cpu"), found)
+    got = compared(case, predicted(case, (1, 1, 1), compiler="cpu"), found)
     assert abs(got["error"]) < 0.15
     assert got["measured_total"] == found.total
     assert got["predicted_total"] == sum(got["predicted"].values())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "parts"), [("data=2,tensor=2", 1), ("data=1,tensor=2", 2), ("data=2,tensor=2", 2)]
+)
+def test_prediction_and_program_of_devices_and_parts(model, mesh, parts):
+    case = Case(model, "full", "float32", 3, False, 16, 128, accumulate=parts, mesh=mesh)
+    devices = math.prod(parsed_mesh(mesh).values())
+    found = compiled(case, make_mesh(mesh, jax.devices()[:devices]))
+    got = compared(case, predicted(case, mesh_sizes(mesh, devices), compiler="cpu"), found)
+    assert abs(got["predicted_total"] / got["measured_total"] - 1) < 0.15
+    # And it is they that it is of: one device's whole batch is far off.
+    alone = dataclasses.replace(case, accumulate=1, rows=4 * case.rows)
+    assert predicted(alone, (4, 1, 1), compiler="cpu").total > 1.5 * got["predicted_total"]
+
+
+def test_a_mesh_and_parts_by_the_command(model):
+    def kinds(**options):
+        config = Config(model=model, batch=8, sequence=128, stage=3, **options)
+        return run(config)[0]["bytes_per_device"]
+
+    data, tensor = kinds(mesh="data=2"), kinds(mesh="tensor=2")
+    assert tensor["trained"] < 0.6 * data["trained"]
+    assert data["activations"] < tensor["activations"] < 1.7 * data["activations"]
+    assert kinds(mesh="data=2", accumulate=2)["activations"] < 0.6 * data["activations"]
+    assert kinds(mesh="fsdp=2") == kinds(devices=2)
 
 
 def test_the_checks_table():
     """Twelve different steps; the peak is what errors are of, where a compiler tells it."""
     assert len(set(cases())) == 12
     assert not set(cases()) & set(held_out())
+    assert len(set(in_parts()) - set(cases()) - set(held_out())) == 6
     row = compared(cases()[0], Account(trained=110), Measured(60, 60, 60, 60, 100))
     row["held_out"] = False
     assert row["error"] == pytest.approx(0.1)
@@ -111,10 +149,16 @@ def test_the_checks_table():
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        (Config(), "pass one of --params, --model and --check"),
+        (Config(), "pass one of --params, --model, --check and --check-parts"),
         (Config(params=1e9, check=True), "pass one of"),
+        (Config(check=True, check_parts=True), "pass one of"),
+        (Config(params=1e9, mesh="fsdp=2"), "are of a --model's step"),
+        (Config(model="llama-3-8b", mesh="fsdp=2", devices=2), "one of --devices and --mesh"),
+        (Config(model="llama-3-8b", mesh="fdsp=2"), "no axis 'fdsp'"),
+        (Config(model="llama-3-8b", accumulate=0), "count from 1"),
+        (Config(model="llama-3-8b", batch=4, accumulate=3), "4 rows .* 1 devices, in 3 parts"),
         (Config(params=1e9, precision="bfloat16"), "has float32 and mixed"),
-        (Config(model="llama-3-8b", devices=3), "3 devices cannot share --batch 8"),
+        (Config(model="llama-3-8b", devices=3), "8 rows cannot be shared evenly by 3 devices"),
         (Config(model="llama-3-8b", method="head"), "there is no head here"),
         (Config(model="llama-3-8b", keep="dots"), "--keep dots says what --remat keeps"),
     ],

@@ -38,8 +38,11 @@ CASES = {
     "4b": (
         made.two("lora_rank", "qv_r8", "q_r8", scores={"q": {"8": {}}, "q,v": {"8": {}}}), SIDES,
     ),
+    "4c": (made.answers, SIDES),
+    "4d": (made.answers, SIDES),
     "5a": (made.plus, SIDES),
     "5b": (made.plus, SIDES),
+    "5f": (made.plus_by_width, SIDES),
     "5c": (made.dylora, SIDES),
     "5d": (made.dylora, SIDES),
     "5e": (made.dylora, SIDES),
@@ -155,6 +158,11 @@ def test_random_labels_say_nothing_of_a_model_that_does_not_learn_from_true_ones
         }
     )
     assert kinds("7e", of([])) == [OPEN]
+
+
+def test_answers_that_are_hardly_ever_right_say_nothing():
+    few = made.answers([0.001] * 3, right=0.01)
+    assert {k for claim in ("4c", "4d") for k in kinds(claim, few)} == {OPEN}
 
 
 def test_lora_plus_without_losses_by_seed_is_open():
