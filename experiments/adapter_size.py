@@ -37,7 +37,7 @@ class Config(SweepConfig):
 
     tasks: tuple[lora_glue.TaskName, ...] = ("sample",)
     """The tasks, each found in --data under its own name or GLUE's."""
-    sizes: tuple[int, ...] = (1, 8, 64)
+    sizes: tuple[int, ...] = (1, 8, 64)  # type: ignore[assignment]
     """The adapters' sizes; the paper's are 1, 2, 4, ... 512."""
     layers: tuple[int, ...] = (1, 3)
     """Numbers of top layers to tune in place of adapters."""

@@ -62,16 +62,16 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
                 if i:  # the first round compiles
                     speeds[name].append(found)
     ratios = [a / b for a, b in zip(speeds["pipeline"], speeds["memory"], strict=True)]
-    result = {
+    median = {name: statistics.median(x) for name, x in speeds.items()}
+    result: dict[str, Any] = {
         "experiment": "bench_pipeline",
         "config": without_folders(config),
         "data": prepared.data.source,
-        "tokens_per_second": {name: statistics.median(x) for name, x in speeds.items()},
+        "tokens_per_second": median,
         "ratio": {"median": statistics.median(ratios), "all": ratios},
         "machine": describe_machine(),
         "versions": versions(),
     }
-    median = result["tokens_per_second"]
     console.print(
         f"{median['pipeline']:,.0f} tokens/s with the pipeline, {median['memory']:,.0f} out of "
         f"memory: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",

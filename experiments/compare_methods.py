@@ -21,7 +21,6 @@ from experiments.common.models import fetch_model
 from experiments.common.pipeline import Batches
 from experiments.common.plots import COLOURS, figure, source_line
 from experiments.common.sweep import (
-    Results,
     SweepConfig,
     metric_of,
     refuse,
@@ -83,7 +82,7 @@ def step_costs(
     return {m: {"step_ms": c["ms"], "memory_mib": c["mib"]} for m, c in costs.items()}
 
 
-def row(result: Results | Any, method: str) -> dict[str, Any]:
+def row(result: Mapping[str, Any], method: str) -> dict[str, Any]:
     """One method's scores, and what it trained."""
     metric, score = metric_of(result, method)
     return {

@@ -117,9 +117,9 @@ def draw(config: Config, result: dict[str, Any], console: Console) -> None:
     with figure(config.out, "dylora", source_line(result), console) as axes:
         if axes is None:
             return
+        x = [int(r) for r in result["scores"][KINDS[0]]]
         for colour, (kind, by) in zip(COLOURS, result["scores"].items(), strict=False):
             mean, std = ([v[k] for v in by.values()] for k in ("mean", "std"))
-            x = [int(r) for r in by]
             axes.errorbar(x, mean, std, marker="o", capsize=3, color=colour, label=kind)
         axes.set_xticks(x)
         axes.set_xlabel("rank at which the model is used")

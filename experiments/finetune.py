@@ -100,8 +100,9 @@ class Config:
     seed: int = 0
     """Of the start, the order of the data and dropout."""
     precision: Precision = "float32"
-    """What the model computes in, bfloat16 with float32 trained arrays, with bfloat16 ones that
-    have float32 masters (mixed), or with bfloat16 ones rounded at random (stochastic)."""
+    """What the model computes in, and frozen parameters are held in: bfloat16 with float32 trained
+    arrays, with bfloat16 ones that have float32 masters (mixed), or with bfloat16 ones rounded at
+    random (stochastic)."""
     quantize: Quantised | None = None
     """Frozen weights of linear layers (but the head) in this format."""
     mesh: str | None = None
@@ -149,7 +150,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Train, score, print and write; returns what `result.json` holds."""
     import jax
 
-    from experiments.common.decoders import load
+    from experiments.common.decoders import TRAINS_THE_MODEL, load
     from experiments.common.language import batches, encode, packed
     from experiments.common.loop import train
     from experiments.common.scale import compute_dtype, on_host, remat_of
@@ -168,6 +169,8 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     dtype = compute_dtype(config.precision)
     options: dict[str, Any] = {"dtype": dtype, "remat": remat_of(config.remat, config.keep)}
     options |= {"key": key, "quantize": config.quantize}
+    if config.chosen not in TRAINS_THE_MODEL:
+        options["param_dtype"] = dtype  # what is frozen is held in what is computed in
     loaded = load(config.model, config.vocabulary, console, **options)
     render = renderer(config, loaded)
     two_sided = loaded.two_sided
@@ -284,7 +287,7 @@ def trainer_of(config: Config, loaded: Loaded, steps: int) -> LanguageTrainer:
     # What knows nothing has farther to go.
     rate = 10 * recipe.rate if config.model == "tiny" else recipe.rate
     rate = rate if config.lr is None else config.lr
-    about = {"ratio": config.lora_plus, "name": config.optimiser}
+    about: dict[str, Any] = {"ratio": config.lora_plus, "name": config.optimiser}
     schedule = Schedule(rate, steps, weight_decay=recipe.decay, **about)
     room = jpeft.room(transform)
     first = jpeft.first_virtual_id(transform, loaded.model.config.vocab_size)

@@ -141,7 +141,7 @@ class Config:
 
         recipe = RECIPES[self.method]
         rate = recipe.rate_at(width) if self.lr is None else self.lr
-        about = {"ratio": self.lora_plus, "name": self.optimiser}
+        about: dict[str, Any] = {"ratio": self.lora_plus, "name": self.optimiser}
         return Schedule(rate, steps, weight_decay=recipe.decay, **about)
 
 

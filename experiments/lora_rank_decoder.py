@@ -195,9 +195,9 @@ def draw(config: Config, result: Mapping[str, Any], metric: str, console: Consol
     with figure(config.out, name, f"{about}; {made_on(result)}", console) as axes:
         if axes is None:
             return
+        x = sorted(config.ranks)
         for colour, (weights, by) in zip(COLOURS, result["scores"].items(), strict=False):
-            x = [int(r) for r in by]
-            values = [v[metric]["values"] for v in by.values()]
+            values = [by[str(r)][metric]["values"] for r in x]
             mean = [statistics.fmean(v) for v in values]
             low = [m - min(v) for m, v in zip(mean, values, strict=True)]
             high = [max(v) - m for m, v in zip(mean, values, strict=True)]

@@ -154,7 +154,9 @@ def walk(config: Config, stage: int) -> dict[str, Any]:
             return "gradients" if backward and "dot_general" in source_of(i) else "whole layer"
         return "gradients" if backward and found & stacked else "activations"
 
-    moments = timeline(compiled.as_text(), kind_of, smallest=config.width * config.width // 4)
+    text = compiled.as_text()
+    assert text is not None
+    moments = timeline(text, kind_of, smallest=config.width * config.width // 4)
     analysis = compiled.memory_analysis()
     assert analysis is not None
     backward = next(
@@ -254,7 +256,7 @@ def _draw_walk(axes: Any, found: dict[str, Any], stage: int) -> None:
     bands += [np.array([m["live"][k] / 1e9 for m in moments]) for k in WALK]
     shades = ("0.55", "0.75", *COLOURS[:3])
     axes.stackplot(x, *bands, labels=[*kept, *WALK], colors=shades, step="post", linewidth=0)
-    top = sum(bands)
+    top = np.sum(bands, axis=0)
     high = float(top.max())
     marks = {"gather": ("^", "k"), "compute": (".", "0.4"), "reduce": ("v", COLOURS[1])}
     for what, (marker, colour) in marks.items():

@@ -169,7 +169,7 @@ def _stages(program: jex.Jaxpr, moves: Sequence[bool]) -> list[_Stage]:
     return stages
 
 
-def on_host(optimiser: Offloaded, params: Any) -> Any:
+def on_host(optimiser: optax.GradientTransformation, params: Any) -> Any:
     """Which arrays of an optimiser's state are in the host's memory, from parameters or shapes."""
     program, _, out = traced(optimiser.init, params)
     host = jax.memory.Space.Host

@@ -139,6 +139,12 @@ class Step:
 
         # The optimiser first: masters are of what was given, not of what it is rounded to.
         made = self.optimiser.init(trainable)
+        inside = not isinstance(self.optimiser, Offloaded)
+        if inside and any(jax.tree.leaves(on_host(self.optimiser, trainable))):
+            raise ValueError(
+                "offloaded(...) stands within another transformation, which would compute with "
+                "arrays that are not on the device: put it outermost, offloaded(...(optimiser))"
+            )
         return State(zero, jax.tree_util.tree_map_with_path(kept, trainable), made, zero)
 
     def _compiled(self, state: Any) -> Any:
@@ -292,6 +298,6 @@ def make_step(
     - `compiler_options`, for XLA.
 
     **Raises:** `ValueError` for numbers that are too small; `init`, for a pattern of `keep` that
-    matches nothing.
+    matches nothing, or `offloaded` within another transformation.
     """
     return Step(loss, optimiser, zero, axes, accumulate, clip, dtype, keep, compiler_options)

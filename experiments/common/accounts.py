@@ -90,12 +90,9 @@ def in_parts() -> list[Case]:
 
 def seen_by_one(case: Case) -> Planned:
     """The step as one device sees it, whose shapes do not depend on the stage."""
-    from jax.sharding import AbstractMesh
-
     from experiments.common.plan import plan
-    from sharding import AXES
 
-    return plan(case, AbstractMesh((1, 1, 1), AXES))
+    return plan(case, _mesh((1, 1, 1)))
 
 
 def predicted(
@@ -113,11 +110,10 @@ def predicted(
     **Raises:** `ValueError` for rows that do not divide over devices and parts.
     """
     import jax
-    from jax.sharding import AbstractMesh
 
     from experiments.common.scale import Scale
     from jpeft.memory import account
-    from sharding import AXES, Zero
+    from sharding import Zero
 
     shared = sizes[0] * sizes[1]
     if case.rows % (shared * case.accumulate):
@@ -126,7 +122,7 @@ def predicted(
             + (f", in {case.accumulate} parts each" if case.accumulate > 1 else "")
         )
     planned = planned or seen_by_one(case)
-    zero, axes = Zero(AbstractMesh(sizes, AXES), case.stage), planned.step.axes
+    zero, axes = Zero(_mesh(sizes), case.stage), planned.step.axes
     update = planned.step.optimiser
     if optimiser != "adam":
         update = Scale(precision=case.numbers).optimiser(_other(optimiser), 0)
@@ -157,6 +153,15 @@ def predicted(
         split=split,
         compiler=compiler,
     )
+
+
+def _mesh(sizes: tuple[int, int, int]) -> Any:
+    """One whose devices nobody has."""
+    from jax.sharding import AbstractMesh
+
+    from sharding import AXES
+
+    return AbstractMesh(sizes, AXES)
 
 
 def _other(optimiser: Optimiser) -> Any:

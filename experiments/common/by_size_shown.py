@@ -198,6 +198,7 @@ def _draw_ratios(
     with figure(out, "lora_plus_by_width", source, console) as axes:
         if axes is None:
             return
+        x: list[float] = []
         for i, m in enumerate(sizes):
             by_ratio = {float(r): v["last_loss"]["values"] for r, v in m["ratios"].items()}
             x, plain = sorted(by_ratio), by_ratio[1.0]

@@ -46,6 +46,7 @@ def command(
     if getattr(config, "processes", 1) > 1:
         runtime.share_device()
     runtime.cache_programs(cache() / "compiled")
+    console = Console()
     try:
         initialise()
         console = Console(quiet=not is_main())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -13,7 +13,7 @@ Shown = Callable[[int, float, float], None]
 
 
 @contextmanager
-def bar(console: Console, title: str, steps: int) -> Iterator[Shown]:
+def bar(console: Console, title: str, steps: int) -> Generator[Shown]:
     """A bar to call with step, loss and tokens/s; where the output is no terminal, ten lines."""
     if not console.is_terminal:
         every = max(1, steps // 10)

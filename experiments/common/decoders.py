@@ -139,6 +139,10 @@ def recipes(model: Any) -> dict[Method, Recipe]:
     }
 
 
+# Methods that train some of the model's own parameters, and start from what those are in fp32.
+TRAINS_THE_MODEL: frozenset[Method] = frozenset({"full", "adapter", "bitfit"})
+
+
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """A language model ready to train, with its tokenizer, its names in Hugging Face's files, and
@@ -165,13 +169,15 @@ def load(
     remat: Any,
     key: PRNGKeyArray,
     quantize: Quantised | None = None,
+    param_dtype: Any = jnp.float32,
 ) -> Loaded:
     """A model by its name.
 
     **Arguments:** `name`, a Hugging Face directory, a name on the hub, a llama2.c file (with its
     `vocabulary`), or `tiny`: a small Llama over bytes, made here and knowing nothing; `remat`, as
     the models take it; `quantize`, what the linear layers of a directory
-    are quantised to while they are read, so that the dense model is never held.
+    are quantised to while they are read, so that the dense model is never held; `param_dtype`, what
+    a directory's other parameters are held in.
 
     **Raises:** `ModelError`, `CheckpointError`.
     """
@@ -191,7 +197,7 @@ def load(
         return Loaded(model, llama2c_codec(vocabulary, model.config.vocab_size), LLAMA, None)
     directory = fetch_model(name, console)
     kind, _ = read_kind(directory)
-    options: dict[str, Any] = {"dtype": dtype, "param_dtype": jnp.float32, "remat": remat}
+    options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
     if quantize in ("nf4", "fp4", "int8"):
         # What is not quantised is frozen too: in the type that is computed in.
         options["param_dtype"] = dtype

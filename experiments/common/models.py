@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from typing import Any
 
 from rich.console import Console
 
@@ -33,7 +34,7 @@ def cache() -> pathlib.Path:
     return pathlib.Path(base) / "jpeft"
 
 
-def cpu_layout(encoder: bool = True) -> dict[str, int]:
+def cpu_layout(encoder: bool = True) -> dict[str, Any]:
     """Options of a model for this machine: on a CPU straight-line layers and, of an encoder,
     attention in pieces, which are faster there; elsewhere none, which is a scan over the layers.
     """

@@ -50,8 +50,8 @@ def load_pairs(task: PairTask, data: pathlib.Path | None) -> Pairs:
     **Raises:** `DataError` that names the file and the line.
     """
     if task == "sample":
-        parts = [_sample(name) for name in ("train", "dev")]
-        return Pairs(*parts, ("exact",), "the sample of this package")
+        train, validation = (_sample(name) for name in ("train", "dev"))
+        return Pairs(train, validation, ("exact",), "the sample of this package")
     if data is None:
         raise DataError(f"--task {task} needs --data, the folder with its files")
     folder = next((data / n for n in _FOLDERS.get(task, (task,)) if (data / n).is_dir()), data)

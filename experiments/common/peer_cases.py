@@ -97,7 +97,7 @@ def preset(name: Preset) -> list[Case]:
             *product(["gpt2"], METHODS[:3], ["fp32"], ["8x128"], False),
         ]
     methods: tuple[Method, ...] = ("lora", "lora_all", "qlora")
-    rest = [m for m in METHODS if m != "lora"]
+    rest: list[Method] = [m for m in METHODS if m != "lora"]
     # A card that holds the model holds these batches' activations too: nothing is made twice.
     return [
         *product(["llama-3.2-1b"], methods[:1], ["bf16"], ["4x2048"], False),

@@ -117,14 +117,15 @@ class Batches(grain.IterDataset[Batch]):
         share: Share | None = None,
     ) -> None:
         super().__init__()
-        self.examples, self.shapes, self.pad, self.seed = examples, shapes, pad, seed
+        self.examples, self.shapes, self.pad = examples, shapes, pad
+        self.drawn = seed  # `seed` is a dataset's method
         self.to_batch = collate if to_batch is None else to_batch
         self.share = Share(shapes.batch) if share is None else share
         self.sizes = sizes(examples)
 
     def of(self, share: Share) -> Batches:
         """The same batches, of which this process makes its share."""
-        return Batches(self.examples, self.shapes, self.pad, self.seed, self.to_batch, share)
+        return Batches(self.examples, self.shapes, self.pad, self.drawn, self.to_batch, share)
 
     @property
     def per_epoch(self) -> int:
@@ -133,7 +134,7 @@ class Batches(grain.IterDataset[Batch]):
 
     def order(self, epoch: int) -> list[np.ndarray]:
         """The epoch's batches, as numbers of examples."""
-        rng = np.random.default_rng((self.seed, epoch))
+        rng = np.random.default_rng((self.drawn, epoch))
         numbers = rng.permutation(len(self.examples))
         size, run = self.shapes.batch, 16 * self.shapes.batch
         out: list[np.ndarray] = []

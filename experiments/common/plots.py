@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 @contextmanager
 def figure(
     out: pathlib.Path | None, name: str, source: str, console: Console, size: Any = (6.4, 4.2)
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """An axes to draw on; `out/name.png` and `out/name.svg` when the block ends.
 
     Without a folder, in a process that is not a job's first one, or where matplotlib is not
@@ -38,7 +38,11 @@ def figure(
     from matplotlib import pyplot
 
     # Fixed, so that equal results are equal files.
-    style = {"svg.hashsalt": "jpeft", "axes.spines.top": False, "axes.spines.right": False}
+    style: dict[Any, Any] = {
+        "svg.hashsalt": "jpeft",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with pyplot.rc_context(style):
         drawn, axes = pyplot.subplots(figsize=size, layout="constrained")
         yield axes

@@ -25,11 +25,16 @@ class Row:
 class Columns(Protocol):
     """What of a task a reader needs to know."""
 
-    name: str
-    labels: tuple[str, ...]
-    text: tuple[tuple[str, ...], ...]
-    label: tuple[str, ...]
-    bare: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def text(self) -> tuple[tuple[str, ...], ...]: ...
+    @property
+    def label(self) -> tuple[str, ...]: ...
+    @property
+    def bare(self) -> tuple[str, ...]: ...
 
 
 def read_rows(path: pathlib.Path, task: Columns) -> list[Row]:

@@ -55,6 +55,18 @@ class Scale:
         """What trained arrays are kept in; None for what they are made in, fp32."""
         return None if self.precision in ("float32", "bfloat16") else jnp.bfloat16
 
+    def narrowed(self, params: Any) -> Any:
+        """Parameters in what the model computes in, as frozen ones are; quantised ones stay."""
+        dtype = compute_dtype(self.precision)
+
+        def of(x: Any) -> Any:
+            if jpeft.is_leaf(x) or not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == dtype:
+                return x
+            shape = isinstance(x, jax.ShapeDtypeStruct)
+            return jax.ShapeDtypeStruct(x.shape, dtype) if shape else x.astype(dtype)
+
+        return jax.tree.map(of, params, is_leaf=jpeft.is_leaf)
+
     def optimiser(self, inner: optax.GradientTransformation, seed: int) -> Any:
         """The optimiser with what the precision adds to it."""
         if self.precision == "mixed":

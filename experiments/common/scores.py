@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 References = Sequence[Sequence[str]]
 
@@ -33,7 +34,7 @@ def bleu(found: Sequence[str], wanted: References) -> float:
     except ImportError as e:
         raise ValueError("BLEU needs sacrebleu: install the extra, jpeft[text]") from e
     most = max(len(refs) for refs in wanted)
-    columns = [[refs[i] if i < len(refs) else None for refs in wanted] for i in range(most)]
+    columns: Any = [[refs[i] if i < len(refs) else None for refs in wanted] for i in range(most)]
     # E2E's texts are tokenised, as they are published: sacrebleu warns of that.
     return float(sacrebleu.corpus_bleu(list(found), columns, force=True).score)
 

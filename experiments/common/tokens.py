@@ -45,8 +45,8 @@ def load_tokenizer(directory: pathlib.Path) -> Any:
         if "vocab.json" in has:
             files = (str(directory / "vocab.json"), str(directory / "merges.txt"))
             bpe = ByteLevelBPETokenizer(*files)
-            ends = [(t, bpe.token_to_id(t)) for t in ("</s>", "<s>")]
-            bpe._tokenizer.post_processor = RobertaProcessing(*ends)
+            end, start = ((t, bpe.token_to_id(t)) for t in ("</s>", "<s>"))
+            bpe._tokenizer.post_processor = RobertaProcessing(end, start)
             return bpe
     except Exception as e:  # the library raises bare Exceptions
         raise ModelError(f"{directory}: its tokenizer cannot be read: {e}") from e
@@ -60,7 +60,7 @@ def tokenise(tokenizer: Any, rows: Sequence[Row], length: int) -> Sequence[Examp
 
     def make(numbers: Sequence[int]) -> list[Example]:
         chosen = [rows[i] for i in numbers]
-        texts = [r.texts if len(r.texts) > 1 else r.texts[0] for r in chosen]
+        texts = [r.texts if len(r.texts) > 1 else next(iter(r.texts)) for r in chosen]
         found = tokenizer.encode_batch(texts)
         return [Example(e.ids, e.type_ids, r.label) for e, r in zip(found, chosen, strict=True)]
 

@@ -95,8 +95,8 @@ class Trainer:
     that has virtual tokens; `scale`, devices and numbers; `axes`, names of the axes of `params`.
 
     **Attributes:** `params`, with a shape in place of each array that nothing reads, since a copy
-    of it is trained; `frozen`, the arrays that are read, by path, where the stage has them; `step`,
-    the training step; `outputs(frozen, state, batch)`, the model's.
+    of it is trained; `frozen`, the arrays that are read, by path, where the stage has them, in what
+    the model computes in; `step`, the training step; `outputs(frozen, state, batch)`, the model's.
     """
 
     apply: Callable[..., Any]
@@ -124,7 +124,7 @@ class Trainer:
         whole = not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
         start = self.first(self.params) if whole else None
         shapes = jax.eval_shape(self.first, self.params)
-        base = jpeft.frozen(self.transform, self.params, shapes)
+        base = jpeft.frozen(self.transform, self.scale.narrowed(self.params), shapes)
         axes, arrays = self.axes, base.arrays
         if zero is not None:
             axes = axes and all_axes(self.transform, self.params, shapes, axes)
@@ -153,7 +153,9 @@ class Trainer:
 
     def first(self, params: Any) -> Any:
         """What is trained, at the start."""
-        return self.transform.init(jax.random.key(self.seed), params, uses=self.uses())
+        made = self.transform.init(jax.random.key(self.seed), params, uses=self.uses())
+        # Copies of parameters that were loaded in bf16 are trained in fp32 all the same.
+        return jpeft.cast(made, jnp.float32)
 
     def init(self) -> State:
         """The state at the start: what is trained, and the optimiser's."""
@@ -208,6 +210,7 @@ class Trainer:
         """MiB of one compiled training step on a batch: `arguments` and `temporaries`."""
         lowered = self.step.lower(self.init(), self.frozen, batch, self.key(0))
         memory = lowered.compile().memory_analysis()
+        assert memory is not None
         return {
             "arguments": memory.argument_size_in_bytes / 2**20,
             "temporaries": memory.temp_size_in_bytes / 2**20,

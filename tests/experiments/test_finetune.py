@@ -146,6 +146,42 @@ def test_t5_has_no_biases_to_train(folder):
         run(model=str(folder("t5")), method="bitfit")
 
 
+@pytest.mark.parametrize("method", ["lora", "adapter", "bitfit", "full"])
+def test_frozen_parameters_are_held_in_what_is_computed_in(method, folder):
+    kind = "gpt2"  # it has biases to train
+    config = finetune.Config(
+        **SMALL, model=str(folder(kind)), method=method, precision="bfloat16", dropout=False
+    )
+    exact = jpeft.functional(load_model(folder(kind))[0])[1]
+    narrow = jnp.float32 if method != "lora" else jnp.bfloat16
+    loaded = load(
+        config.model, None, Console(quiet=True), dtype=jnp.bfloat16, remat=False,
+        key=jax.random.key(0), param_dtype=narrow,
+    )  # fmt: skip
+    trainer = finetune.trainer_of(config, loaded, 1)
+    assert {x.dtype for x in trainer.frozen.values()} <= {jnp.dtype("bfloat16")}
+    assert bool(trainer.frozen) == (method != "full")
+    trained = trainer.init().trainable
+    assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
+    # Copies of the model's own are what its file has, to the last bit.
+    leaves, copied = jpeft.paths.flatten(exact), 0
+    for path, x in jax.tree_util.tree_flatten_with_path(trained)[0]:
+        own = [
+            p for p in leaves if jax.tree_util.keystr(path, simple=True, separator="/").endswith(p)
+        ]
+        copied += len(own)
+        assert all(np.array_equal(x, leaves[p]) for p in own)
+    assert bool(copied) == (method != "lora")
+    plain = finetune.trainer_of(dataclasses.replace(config, precision="float32"), loaded, 1)
+    assert {x.dtype for x in plain.frozen.values()} <= {jnp.dtype("float32")}
+
+
+def test_a_run_in_bf16(folder):
+    result, _ = run(model=str(folder("llama")), precision="bfloat16")
+    exact, _ = run(model=str(folder("llama")))
+    np.testing.assert_allclose(result["losses"], exact["losses"], rtol=0.02)
+
+
 def totals(rows, model, apply, params):
     none = jpeft.Train(r"model/norm/scale$")
     trainer = LanguageTrainer(apply, params, none, Schedule(1e-3, 1), dropout=False)

@@ -93,6 +93,19 @@ def test_layer_by_layer_only_where_layers_are_independent():
     assert layers(ADAM, {"head": PARAMS["head"]}) is None
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: jpeft.master_weights(offloaded(ADAM, smallest=1)),
+        lambda: optax.chain(optax.clip(1.0), offloaded(ADAM, smallest=1)),
+    ],
+)
+def test_it_has_to_be_outermost(wrong):
+    step = make_step(lambda t, f, b, k: jnp.sum(t["w"] ** 2), wrong())
+    with pytest.raises(ValueError, match="put it outermost"):
+        step.init({"w": jnp.ones((4, 4))})
+
+
 def test_numbers_below_one_are_refused():
     with pytest.raises(ValueError, match="1 or more"):
         offloaded(ADAM, ahead=0)

@@ -36,17 +36,27 @@ PARTS = _words("""
 opening ending music dialogue setting pacing cast lighting service premise plot photography
 costumes sound humour finale writing decor narration staging
 """)
-VERDICTS = ("the {w} was {a}", "what a {a} {w}", "i found the {w} {a} from start to finish")
-VERDICTS += ("all in all it is a {a} {w}", "my friends thought this {w} was {a}")
-DENIALS = ("the {w} was anything but {a}", "nobody could call this {w} {a}")
-DENIALS += (
+VERDICTS = (
+    "the {w} was {a}",
+    "what a {a} {w}",
+    "i found the {w} {a} from start to finish",
+    "all in all it is a {a} {w}",
+    "my friends thought this {w} was {a}",
+)
+DENIALS = (
+    "the {w} was anything but {a}",
+    "nobody could call this {w} {a}",
     "there is nothing {a} about the {w}",
     "the {w} is far from {a}",
     "this {w} is never {a}",
 )
-CONTRASTS = ("the {p} was {b} , but the {w} as a whole was {a}",)
-CONTRASTS += ("despite a {b} {p} , the {w} is {a}", "the {w} is {a} , even if the {p} is {b}")
-CONTRASTS += ("i expected a {b} {w} and got a {a} one", "people say the {w} is {b} ; it is {a}")
+CONTRASTS = (
+    "the {p} was {b} , but the {w} as a whole was {a}",
+    "despite a {b} {p} , the {w} is {a}",
+    "the {w} is {a} , even if the {p} is {b}",
+    "i expected a {b} {w} and got a {a} one",
+    "people say the {w} is {b} ; it is {a}",
+)
 
 
 def sentence(rng: random.Random, label: int, share: float) -> str:
