@@ -19,6 +19,12 @@ def open_jaxpr(jaxpr: Any) -> tuple[jex.Jaxpr, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
+def function_name(jaxpr: Any) -> str:
+    """The name of the function that a program was traced from; empty where nobody knows."""
+    about = getattr(open_jaxpr(jaxpr)[0], "debug_info", None)
+    return str(getattr(about, "func_name", ""))
+
+
 def is_literal(atom: Any) -> TypeGuard[jex.Literal]:
     """Whether an equation's operand is a constant written into the program."""
     return isinstance(atom, jex.Literal)

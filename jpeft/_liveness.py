@@ -294,8 +294,10 @@ class Walk:
         if e.name == "scan":
             consts, carries = scan_counts(e.eqn)
             inside = into_loop(e, [whole(()) if v is None else self.split[v] for v in e.ins])
+            # What is gathered before the loop is whole inside.
+            parts = {v for v in e.ins if v in self.sharded and self._gathers_inside(e, v)}
             given = [
-                Operand(n >= consts + carries, v in self.sharded, split=inside[n])
+                Operand(n >= consts + carries, v in parts, split=inside[n])
                 for n, v in enumerate(e.ins)
             ]
             return self._body(e.eqn.params["jaxpr"], given, carries)

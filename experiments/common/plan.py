@@ -20,6 +20,7 @@ from experiments.common.scale import TABLES, Scale, all_axes, compute_dtype, rem
 from experiments.common.training import Schedule
 from jpeft.models.causal import Implementation
 from jpeft.models.llama import Llama, LlamaConfig
+from jpeft.paths import flatten
 from jpeft.uses import Uses
 from sharding import Step, Zero, axes_by_pattern, batch_shards, make_step
 from sharding.aot import placed
@@ -48,6 +49,7 @@ class Planned:
     first: Callable[[Any, Any], Any]
     frozen_of: Callable[[Any, Any], Any]
     _plain: Any
+    _twice: bool
 
     def arguments(self, rows: int) -> tuple[Step, Any, Any, Any, Any]:
         """The step and what it is called with, for `sharding.aot.compile_for`.
@@ -76,6 +78,8 @@ class Planned:
 
         args = (self.trainable, self.frozen, self.batch(rows), _key())
         once = traced_flops(jax.make_jaxpr(jax.grad(mean))(*args))
+        if not self._twice:
+            return once
         # The loss makes its logits a second time in the backward pass, whatever the layers do.
         tokens = rows * (self.sequence + self.room)
         return once - 2.0 * tokens * self.config.hidden_size * self.config.vocab_size
@@ -129,6 +133,11 @@ def plan(options: Any, mesh: Mesh, attention: Implementation = None) -> Planned:
 
         return loss
 
+    # A frozen head that nothing rewrites makes them once (`jpeft.models.loss`).
+    shapes = jax.eval_shape(transform.rewrite, params, trainable)
+    head = "model/embed_tokens/embedding" if config.tie_word_embeddings else "lm_head/kernel"
+    twice = head not in base.arrays or jpeft.is_leaf(flatten(shapes)[head])
+
     schedule = Schedule(recipe.rate, 1000, weight_decay=recipe.decay, name=options.optimiser)
     step = make_step(
         loss_of(apply),
@@ -152,6 +161,7 @@ def plan(options: Any, mesh: Mesh, attention: Implementation = None) -> Planned:
         first,
         lambda params, trainable: jpeft.frozen(transform, params, trainable).arrays,
         loss_of(jpeft.functional(made(False, None)).apply),
+        twice,
     )
 
 

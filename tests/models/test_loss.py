@@ -41,6 +41,52 @@ def test_it_is_the_plain_loss(chunk, shift):
         np.testing.assert_allclose(h, g, atol=1e-5)
 
 
+def products(f, *args):
+    """How many products of a `(d, v)` table the program of `f` has."""
+    from sharding.costs import traced_flops
+
+    b, t, d = HIDDEN.shape
+    return traced_flops(jax.make_jaxpr(f)(*args)) / (2 * b * t * d * TABLE.shape[1])
+
+
+def test_logits_are_made_once_for_a_frozen_head_and_twice_for_one_that_is_trained():
+    def loss(table, hidden):
+        return chunked(table, hidden, LABELS, False, 3)[0]
+
+    assert products(loss, TABLE, HIDDEN) == 1
+    assert products(jax.grad(loss, 1), TABLE, HIDDEN) == 2  # and their gradient's with the table
+    assert products(jax.grad(loss, (0, 1)), TABLE, HIDDEN) == 4
+    assert products(jax.grad(jax.jit(loss), 1), TABLE, HIDDEN) == 2
+    lifted = jpeft.lift(lambda p, h: loss(p["head"], h))
+    assert products(jax.grad(lifted, 1), {"head": TABLE}, HIDDEN) == 2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_both_ways_have_the_same_gradient(dtype):
+    table, hidden = TABLE.astype(dtype), HIDDEN.astype(dtype)
+
+    def mean(table, hidden):
+        total, count = chunked(table, hidden, LABELS, True, 4)
+        return total / count
+
+    once = jax.jit(jax.grad(mean, 1))(table, hidden)
+    twice = jax.jit(jax.grad(mean, (0, 1)))(table, hidden)[1]
+    assert once.dtype == dtype
+    tolerance = {"atol": 1e-6} if dtype == jnp.float32 else {"atol": 2e-3, "rtol": 2e-2}
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (once, twice)), **tolerance)
+
+
+def test_a_gradient_that_nobody_asks_for_is_none():
+    grad = jax.grad(lambda h: 0.0 * h.sum() + jax.lax.stop_gradient(loss_at(h)))(HIDDEN)
+    assert not np.any(grad)
+    by_row = jax.vmap(jax.grad(lambda h, y: loss_at(h[None], y[None])))(HIDDEN, LABELS)
+    np.testing.assert_allclose(by_row, jax.grad(loss_at)(HIDDEN), atol=1e-5)
+
+
+def loss_at(hidden, labels=LABELS):
+    return chunked(TABLE, hidden, labels, True, 4)[0]
+
+
 def test_no_labels_are_no_loss():
     got, n = chunked(TABLE, HIDDEN, jnp.full((3, 7), IGNORED), True, 4)
     assert got == 0
@@ -62,6 +108,32 @@ def test_a_rewritten_head_is_read():
     want = loss(jpeft.merge(rewritten), HIDDEN, LABELS)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert not np.allclose(got, loss(params, HIDDEN, LABELS), rtol=1e-3)
+
+    # Its factors get their gradients without a dense one of the table.
+    def of(state):
+        return jpeft.lift(loss)(method.rewrite(params, state), HIDDEN, LABELS)
+
+    def merged(state):
+        return loss(jpeft.merge(method.rewrite(params, state)), HIDDEN, LABELS)
+
+    for g, h in zip(*(jax.tree.leaves(jax.grad(f)(state)) for f in (of, merged)), strict=True):
+        np.testing.assert_allclose(g, h, atol=1e-5)
+    shapes = {v.aval.shape for v in jax.make_jaxpr(jax.grad(of))(state).jaxpr.outvars}
+    assert TABLE.shape not in shapes
+    assert products(jax.grad(of), state) < 4
+
+
+def test_a_quantised_head_is_frozen():
+    wide = jax.random.normal(KEYS[1], (64, 50))
+    hidden = jax.random.normal(KEYS[0], (3, 7, 64))
+    codes = {"head": jpeft.Quantize("head", "int8").leaf("head", wide)}
+
+    def loss(hidden, params):
+        return chunked(params["head"], hidden, LABELS, True, 4)[0]
+
+    got = jax.grad(lambda h: jpeft.lift(loss)(h, codes))(hidden)
+    want = jax.grad(loss)(hidden, jpeft.merge(codes))
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def test_fewer_logits_are_alive():
