@@ -17,6 +17,7 @@ import tyro
 
 from experiments.common.figure_parts import ROOT, FiguresError, markdown, read, score, source
 from experiments.common.figure_speed import account, bases, large, peers, peers_gpu, steps
+from experiments.step_cost import what as step_in_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +211,20 @@ def sample() -> str:
     return f"{markdown(header, rows)}\n\n{about}"
 
 
+def slopes() -> str:
+    """`step_cost`: a step's time against its sizes, and its flops'."""
+    r = read("step_cost", "two_core_cpu")
+    rows: list[list[str]] = []
+    for name, found in r["axes"].items():
+        values, (low, high) = list(found["values"]), found["slope_range"]
+        ends = [f"{found['values'][v]['ms']:,.0f}" for v in (values[0], values[-1])]
+        measured = f"{found['slope']:.2f} ({low:.2f} to {high:.2f})"
+        spans = (f"{int(values[0]):,} to {int(values[-1]):,}", " to ".join(ends))
+        rows.append([name, *spans, measured, f"{found['theory']:.2f}"])
+    header = ["what is changed", "from, to", "ms a step", "slope (range)", "slope of flops"]
+    return f"{markdown(header, rows)}\n\n{step_in_words(r['config'])}; {source(r)}."
+
+
 def families() -> str:
     """`pretrain`: losses by size, and by what an encoder starts from."""
     results = [read("pretrain", n) for n in ("novels", "h200")]
@@ -249,6 +264,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "large": large,
     "bases": bases,
     "sample": sample,
+    "slopes": slopes,
     "families": families,
 }
 

@@ -160,7 +160,7 @@ def compile_for(
     parts = argument_bytes(state, frozen, batch, key)
     start = time.perf_counter()
     try:
-        with _not_cached():
+        with not_cached():
             compiled = lowered.compile(None if options is None else dict(options))
     except jax.errors.JaxRuntimeError as e:
         seconds["compile"] = time.perf_counter() - start
@@ -181,7 +181,7 @@ def compile_for(
 
 
 @contextmanager
-def _not_cached() -> Generator[None]:
+def not_cached() -> Generator[None]:
     """Without JAX's cache on disk: it stores such programs and cannot read them again."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
