@@ -105,16 +105,32 @@ def judge_peft(results: Results) -> Verdict:
 
 
 def judge_spread(results: Results, kind: str) -> Verdict:
-    """The deviation of accuracies over orders or wordings, pooled over models."""
+    """The deviation of accuracies over orders or wordings, pooled over models.
+
+    Of models that are above the largest class: one that answers it always is moved by nothing.
+    """
     (result,) = results
-    sets = [(by.name_of(m), m[kind]["values"]) for m in result["models"] if m[kind]["values"]]
-    ours = "; ".join(
-        f"{name}: {100 * min(x):.1f} to {100 * max(x):.1f} over {len(x)} {kind}" for name, x in sets
+    sets = [(m, m[kind]["values"]) for m in result["models"] if m[kind]["values"]]
+    parts = (
+        f"{by.name_of(m)}: {100 * min(x):.1f} to {100 * max(x):.1f} over {len(x)} {kind}"
+        f"{'' if answers(m, result) else ', not above the largest class'}"
+        for m, x in sets
     )
-    found = of_deviation([x for _, x in sets], kind)
+    ours = f"{'; '.join(parts)} ({result['task']}, largest class {100 * result['majority']:.1f})"
+    able = [x for m, x in sets if answers(m, result)]
+    if sets and not able:
+        return undecided(ours, "no model is above the largest class for certain")
+    found = of_deviation(able, kind)
     lack = f"there are fewer than two {kind}"
     what = f"deviation over {kind}, pooled over models"
-    return decide(found, SPREAD, PLAIN, what=what, ours=f"{ours} ({result['task']})", lack=lack)
+    return decide(found, SPREAD, PLAIN, what=what, ours=ours, lack=lack)
+
+
+def answers(model: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    """Whether a model is above the largest class for certain, with the most examples."""
+    true = scores.listed(model["k_shot"][most(model)])
+    gain = of_mean([x - result["majority"] for x in true.values()])
+    return gain is not None and gain.low > 0
 
 
 def judge_cost(results: Results) -> Verdict:
@@ -147,8 +163,7 @@ def judge_labels(results: Results) -> Verdict:
         true = scores.listed(model["k_shot"][k])
         if not random:
             continue
-        gain = of_mean([x - result["majority"] for x in true.values()])
-        above = gain is not None and gain.low > 0
+        above = answers(model, result)
         if above:
             drops.append(scores.less(random, true))
         parts.append(

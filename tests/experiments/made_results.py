@@ -176,7 +176,8 @@ def in_context(of):
 
 def spread(kind):
     # A gap is here how far each of six accuracies is from their mean.
-    return in_context(lambda gaps: {kind: {"values": [0.6 + g for g in gaps]}})
+    known = {"k_shot": {"16": scores([0.7, 0.71, 0.72])}}
+    return in_context(lambda gaps: known | {kind: {"values": [0.6 + g for g in gaps]}})
 
 
 def zero(layers=2, kept=5, optimiser=1):

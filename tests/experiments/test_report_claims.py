@@ -160,6 +160,12 @@ def test_random_labels_say_nothing_of_a_model_that_does_not_learn_from_true_ones
     assert kinds("7e", of([])) == [OPEN]
 
 
+def test_a_model_that_always_answers_the_same_is_moved_by_nothing():
+    shots = {"k_shot": {"16": made.scores([0.5] * 3)}, "orders": {"values": [0.5] * 8}}
+    found = made.in_context(lambda gaps: shots | {"wordings": {"values": [0.5, 0.4, 0.5]}})([])
+    assert {k for claim in ("7b", "7c") for k in kinds(claim, found)} == {OPEN}
+
+
 def test_answers_that_are_hardly_ever_right_say_nothing():
     few = made.answers([0.001] * 3, right=0.01)
     assert {k for claim in ("4c", "4d") for k in kinds(claim, few)} == {OPEN}
