@@ -65,9 +65,11 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     scores = dict(
         zip(KINDS, (by_rank("dylora"), apart, by_rank(f"lora_r{config.rank}")), strict=True)
     )
+    # Of training: a run that was cut and went on has the wall's seconds of its last part alone.
+    trained = {n: sum(s["train_seconds"] for s in r["seeds"]) for n, r in results.items()}
     seconds = {
-        "dylora": results["dylora"]["wall_seconds"],
-        "lora at every rank": sum(results[f"lora_r{r}"]["wall_seconds"] for r in ranks),
+        "dylora": trained["dylora"],
+        "lora at every rank": sum(trained[f"lora_r{r}"] for r in ranks),
     }
     result = write_result(config, results, metric=metric, scores=scores, seconds=seconds)
     console.print(table(config, result))
