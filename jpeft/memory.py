@@ -193,11 +193,14 @@ def account(
     - `compiler`, whose habits to assume: `tpu`, `cpu` or `gpu`. The last is a guess: it was not
       compared with programs.
 
-    **Raises:** `ValueError` for another compiler or kind, or rows that do not make equal parts.
+    **Raises:** `ValueError` for another compiler or kind, less than one part, or rows that do not
+    make equal parts.
     """
     if compiler not in COMPILERS:
         near = did_you_mean(compiler, COMPILERS)
         raise ValueError(f"there is no compiler '{compiler}'{near or ': tpu, cpu or gpu'}")
+    if accumulate < 1:
+        raise ValueError(f"accumulate counts parts of a batch, at least 1: {accumulate}")
     divide, split = dict(divide or {}), dict(split or {})
     for given, known, what in ((divide, DIVIDED, "divided"), (split, DIVIDED[:2], "split")):
         for kind in given:

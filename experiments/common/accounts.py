@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.common.methods import Method, Sizes
@@ -172,24 +173,20 @@ def _other(optimiser: Optimiser) -> Any:
 
 def _parts(tree: Any, shardings: Any) -> Any:
     """Over how many devices each array is split."""
-    import math
-
     import jax
 
-    def of(x: Any, s: Any) -> int:
-        return math.prod(x.shape) // math.prod(s.shard_shape(x.shape))
-
-    return jax.tree.map(of, tree, shardings)
+    return jax.tree.map(lambda x, s: math.prod(_split(x, s)), tree, shardings)
 
 
 def _axes(tree: Any, shardings: Any) -> Any:
     """Over how many devices each axis of each array is split."""
     import jax
 
-    def of(x: Any, s: Any) -> tuple[int, ...]:
-        return tuple(n // m for n, m in zip(x.shape, s.shard_shape(x.shape), strict=True))
+    return jax.tree.map(_split, tree, shardings)
 
-    return jax.tree.map(of, tree, shardings)
+
+def _split(x: Any, sharding: Any) -> tuple[int, ...]:
+    return tuple(n // m for n, m in zip(x.shape, sharding.shard_shape(x.shape), strict=True))
 
 
 def compiled(case: Case, mesh: Any) -> Measured:

@@ -181,6 +181,7 @@ def size_of(shapes):
     [
         ({"split": {"trainable": {}}}, "did you mean 'trained'"),
         ({"split": {"optimiser": {}}}, "'optimiser' cannot be split: frozen, trained"),
+        ({"accumulate": 0}, "at least 1: 0"),
         ({"accumulate": 3}, "512 rows cannot be taken in 3 equal parts"),
         ({"compiler": "tpv"}, "did you mean 'tpu'"),
         ({"divide": {"gradient": 8}}, "did you mean 'gradients'"),
