@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jpeft.kernels import fold
@@ -21,6 +21,7 @@ from jpeft.uses import Uses
 
 Projection = Literal["fastfood", "dense", "sparse"]
 Scaling = Literal["none", "layer", "tensor"]
+TOGETHER = 1 << 20  # numbers that are made in one piece
 
 
 @register
@@ -208,34 +209,56 @@ def _fastfood(key: Any, theta: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
     b = jax.random.rademacher(signs, (k,), theta.dtype)
     mixed = jax.random.permutation(order, hadamard(b * jnp.pad(theta, (0, k - d))))
     seed = jax.random.bits(gauss, (), jnp.uint32)
-    out: dict[str, Any] = {}
+    blocks: dict[str, range] = {}
     first = 0
     for path, size in sizes.items():
-        out[path] = _blocks(seed, mixed, first, size)
-        first += -(-size // k)
-    return out
+        blocks[path] = range(first, first + -(-size // k))
+        first = blocks[path].stop
+    out: dict[str, Any] = {}
+    for paths in _together(blocks, k):
+        numbers = np.concatenate([blocks[p] for p in paths]).astype(np.uint32)
+        made, at = _blocks(seed, mixed, numbers), 0
+        for path in paths:
+            end = at + len(blocks[path])
+            out[path] = made[at:end].reshape(-1)[: sizes[path]]
+            at = end
+    return {path: out[path] for path in sizes}
 
 
-@functools.partial(jax.checkpoint, static_argnums=(2, 3))
-def _blocks(seed: Any, mixed: Any, first: int, size: int) -> Any:
-    """The rows of some blocks, from the `first` on; a parameter's last block is cut.
-
-    The gradient makes `G` again: it is not kept.
+def _together(blocks: Mapping[str, range], k: int) -> list[list[str]]:
+    """Which parameters' blocks are made in one piece: many small ones would be a program each, and
+    large ones in one piece would all be in memory at once.
     """
-    k = mixed.shape[0]
-    g = _normal(seed, first, -(-size // k), k)
-    x = hadamard(mixed * g) * jax.lax.rsqrt(jnp.sum(g * g, axis=1, keepdims=True))
-    return x.reshape(-1)[:size]
+    alone: list[list[str]] = []
+    shared: list[list[str]] = []
+    room = 0
+    for path, numbers in blocks.items():
+        need = len(numbers) * k
+        if need > TOGETHER // 4:
+            alone.append([path])
+            continue
+        if need > room:
+            shared.append([])
+            room = TOGETHER
+        shared[-1].append(path)
+        room -= need
+    return alone + shared
 
 
-def _normal(seed: Any, first: int, rows: int, columns: int) -> Float[Array, "n k"]:
-    """Rows of Gaussians, from the `first` on, the same on every device and in every version: hashed
-    counters, through the normal's inverse distribution. JAX's own generator costs several times the
-    rest of a projection.
+@jax.checkpoint
+def _blocks(seed: Any, mixed: Any, numbers: Any) -> Any:
+    """Some blocks' rows, `(n, k)`. The gradient makes `G` again: it is not kept."""
+    g = _normal(seed, numbers, mixed.shape[0])
+    return hadamard(mixed * g) * jax.lax.rsqrt(jnp.sum(g * g, axis=1, keepdims=True))
+
+
+def _normal(seed: Any, numbers: Any, columns: int) -> Float[Array, "n k"]:
+    """The Gaussians of some blocks, the same on every device and in every version: hashed counters,
+    through the normal's inverse distribution. JAX's own generator costs several times the rest of a
+    projection.
     """
-    shape = (rows, columns)
-    x = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) * jnp.uint32(columns)
-    x = x + jax.lax.broadcasted_iota(jnp.uint32, shape, 1) + jnp.uint32(first * columns % 2**32)
+    x = jax.lax.broadcasted_iota(jnp.uint32, (len(numbers), columns), 1)
+    x = x + numbers[:, None] * jnp.uint32(columns)
     x = x * jnp.uint32(0x9E3779B9) + seed
     # The finaliser of MurmurHash3 (Appleby), in which every bit of the input moves every other.
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)

@@ -33,7 +33,7 @@ def test_fastfood_is_its_dense_matrix():
     key = jax.random.key(4)
     signs, order, gauss = jax.random.split(key, 3)
     b = jax.random.rademacher(signs, (8,), jnp.float32)
-    g = _normal(jax.random.bits(gauss, (), jnp.uint32), 0, 6, 8)
+    g = _normal(jax.random.bits(gauss, (), jnp.uint32), jnp.arange(6, dtype=jnp.uint32), 8)
     pi = jax.random.permutation(order, jnp.eye(8))
     h = jnp.asarray(dense_hadamard(8), jnp.float32)
     blocks = []
@@ -57,7 +57,9 @@ def test_fastfood_is_its_dense_matrix():
 def test_the_gaussians_are_normal_and_independent():
     def drawn(key, first=0, rows=512):
         bits = jax.random.bits(jax.random.key(key), (), jnp.uint32)
-        return np.asarray(_normal(bits, first, rows, 1024), np.float64)
+        return np.asarray(
+            _normal(bits, jnp.arange(first, first + rows, dtype=jnp.uint32), 1024), np.float64
+        )
 
     g = drawn(3)
     assert kstest(g.ravel(), "norm").pvalue > 0.001
