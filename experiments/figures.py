@@ -17,6 +17,7 @@ import tyro
 
 from experiments.common.figure_parts import ROOT, FiguresError, markdown, read, score, source
 from experiments.common.figure_speed import account, bases, large, peers, peers_gpu, steps
+from experiments.common.figure_sweeps import dimension, dimension_by_size, ranks, sizes
 from experiments.step_cost import what as step_in_words
 
 
@@ -266,6 +267,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "sample": sample,
     "slopes": slopes,
     "families": families,
+    "ranks": ranks,
+    "dimension": dimension,
+    "dimension_by_size": dimension_by_size,
+    "sizes": sizes,
 }
 
 

@@ -69,7 +69,7 @@ def _along(kind: str) -> Claim:
         lambda results: judge_training(results, kind),
         f"{COMMAND} --models MODELS/encoder/16m/step_* --out docs/results/by_size/{{task}}_steps",
         accepts=lambda r: _dimensions(r) and bool(by.along_training(r["models"])),
-        wanted=("mrpc",),
+        wanted=("sst2",),
     )
 
 
@@ -134,7 +134,7 @@ def _falls(
     if low is None or high is None:
         return undecided(ours, f"{lack}: no interval")
     middle = (low.mid + high.mid) / 2
-    unsure = "" if low == high else ", from the least to the most that d90 can be where not reached"
+    unsure = "" if low == high else ", from the least to the most that d90 can be"
     # Falling is what is asked for: how many times smaller d90 gets.
     found = Interval(-middle, -high.high, -low.low, low.how + unsure).map(lambda x: 2.0**x)
     return decide(found, 1.0, FACTOR, what=f"{what} falls by", ours=ours)
@@ -143,19 +143,27 @@ def _falls(
 def _slopes(
     models: Sequence[by.Model], weights: Sequence[float], kind: str
 ) -> tuple[scores.Seeds, scores.Seeds]:
-    # A dimension that was not reached lies between the largest one tried and all parameters: both
-    # ends are taken, whichever makes the slope least and most.
+    # Only some dimensions were tried: both ends of where d90 may be are taken, whichever makes the
+    # slope least and most.
     count = min(len(m["d90_seeds"][kind]) for m in models)
     low, high = scores.Seeds(), scores.Seeds()
     for seed in range(count):
         low[seed] = high[seed] = 0.0
         for model, w in zip(models, weights, strict=True):
-            d = model["d90_seeds"][kind][seed]
-            ends = (d, d) if d is not None else (largest(model, kind), model["parameters"])
-            products = sorted(w * math.log2(x) for x in ends)
+            products = sorted(w * math.log2(x) for x in _ends(model, kind, seed))
             low[seed] += products[0]
             high[seed] += products[1]
     return low, high
+
+
+def _ends(model: by.Model, kind: str, seed: int) -> tuple[int, int]:
+    """Where a seed's d90 lies: above the last dimension that was tried and did not reach, up to the
+    first that did, or up to all parameters.
+    """
+    d = model["d90_seeds"][kind][seed]
+    if d is None:
+        return largest(model, kind), model["parameters"]
+    return max((x for x in map(int, model["scores"][kind]) if x < d), default=1), d
 
 
 def largest(model: by.Model, kind: str) -> int:

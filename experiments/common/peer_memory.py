@@ -31,7 +31,8 @@ def reset_peak() -> bool:
 
 
 def host_peak_mib(step: Callable[[], object], base: float) -> float | None:
-    """MiB above `base` of the larger of two steps, after two that warm up.
+    """MiB above `base` of the larger of two steps, after two that warm up. Each side's base is what
+    its process had with its libraries imported and used once, before it read the model.
 
     None where the peak cannot be reset: the peak of loading would be taken for the step's.
     """

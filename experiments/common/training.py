@@ -153,9 +153,14 @@ class Trainer:
 
     def first(self, params: Any) -> Any:
         """What is trained, at the start."""
-        made = self.transform.init(jax.random.key(self.seed), params, uses=self.uses())
-        # Copies of parameters that were loaded in bf16 are trained in fp32 all the same.
-        return jpeft.cast(made, jnp.float32)
+        uses = self.uses()
+
+        @jax.jit  # one program, and not one for every array
+        def made(key: PRNGKeyArray, params: Any) -> Any:
+            # Copies of parameters that were loaded in bf16 are trained in fp32 all the same.
+            return jpeft.cast(self.transform.init(key, params, uses=uses), jnp.float32)
+
+        return made(jax.random.key(self.seed), params)
 
     def init(self) -> State:
         """The state at the start: what is trained, and the optimiser's."""

@@ -36,6 +36,11 @@ class LoadReport:
     ignored: tuple[str, ...]
 
 
+# Bytes of layers that are stacked on the host, in one piece; larger ones go to the devices one by
+# one, by a program that is compiled for their shape.
+WHOLE = 64 * 2**20
+
+
 def load_params(
     directory: pathlib.Path,
     like: Any,
@@ -71,14 +76,13 @@ def load_params(
         )
     if saved is not None:
         found = quantized_files.load_leaves(tensors, saved, want, table, family, sharding)
-        values = found.values | _new(found.new, want, fresh, sharding, {}, narrow=True)
+        values = found.values | _new(found.new, want, fresh, sharding, {})
         return replace(like, values), LoadReport(tuple(sorted(found.new)), found.ignored)
     plan = plan_of(tensors, want, table, family, packed)
     if plan.problems:
         raise CheckpointError(listed(f"{directory} does not hold this model", plan.problems))
     forms = _forms(want, table, plan, packed, quantize, sharding)
-    narrow = quantize is not None or bool(packed)
-    values = _new(plan.new, want, fresh, sharding, forms, narrow=narrow)
+    values = _new(plan.new, want, fresh, sharding, forms)
     _tell(directory, want, plan, packed, forms)
     for path, leaf in want.items():
         if path in plan.new:
@@ -182,10 +186,8 @@ def _new(
     fresh: Callable[[], Any] | None,
     sharding: Callable[[str, Any], Any] | None,
     forms: Mapping[str, tuple[Quantize, Form]],
-    *,
-    narrow: bool,
 ) -> dict[str, Any]:
-    """What the file lacks, at its start. `narrow`: the dense model is not to be made for it."""
+    """What the file lacks, at its start."""
     if not new or fresh is None:
         return {}
 
@@ -193,8 +195,8 @@ def _new(
         initial = flatten(fresh())
         return {path: initial[path].astype(want[path].dtype) for path in sorted(new)}
 
-    # Compiled, what is not asked for is not computed.
-    initial = jax.jit(start)() if narrow else start()
+    # In one program: what is not asked for is not made, and no array of it is compiled.
+    initial = jax.jit(start)()
     for path, value in initial.items():
         if path in forms:
             by, made = forms[path]
@@ -226,6 +228,9 @@ def _read(source: _Source, leaf: Any, where: Any) -> jax.Array:
             return np.stack([np.asarray(source.dense(i))[index[1:]] for i in layers])
 
         return jax.make_array_from_callback(tuple(leaf.shape), where, part)
+    if np.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize <= WHOLE:
+        whole = np.stack([np.asarray(source.dense(i)) for i in range(len(source.names))])
+        return jax.device_put(whole, where)
     each = without_first(where)
     return filled(lambda i: jax.device_put(source.dense(i), each), len(source.names), where)
 

@@ -62,7 +62,7 @@ def _forward(query: Any, key: Any, value: Any, bias: Any, heads: int, rows: int)
     given = query, key, value, bias
     # The gradient is one rule for all pieces: that of each slice would be padded to the whole.
     out = jnp.concatenate([_attended(*cut, heads=heads) for cut in _cuts(given, rows)])
-    return out, (*given, out)
+    return out, given
 
 
 def _cuts(arrays: tuple[Any, ...], rows: int) -> list[tuple[Any, ...]]:
@@ -93,17 +93,16 @@ def _backward(heads: int, rows: int, saved: Any, g_out: Any) -> Any:
 
 
 def _pulled_back(
-    query: Any, key: Any, value: Any, bias: Any, out: Any, g_out: Any, heads: int
+    query: Any, key: Any, value: Any, bias: Any, g_out: Any, heads: int
 ) -> tuple[Any, Any, Any]:
     q, k, v = _split(query, heads), _split(key, heads), _split(value, heads)
-    g, o = (_split(x, heads).astype(jnp.float32) for x in (g_out, out))
     powers, total = _softmax(q, k, bias)
-    g = g / total
-    shift = jnp.sum(g * o, axis=-1, keepdims=True)
-    g = g.astype(v.dtype)
+    g = (_split(g_out, heads).astype(jnp.float32) / total).astype(v.dtype)
     g_value = jnp.einsum("bhdq,bhqk->bhdk", g.swapaxes(2, 3), powers.astype(v.dtype))
-    g_scores = powers * (jnp.einsum("bhqd,bhdk->bhqk", g, v.swapaxes(2, 3)) - shift)
-    g_scores = g_scores.astype(q.dtype)
+    g_powers = jnp.einsum("bhqd,bhdk->bhqk", g, v.swapaxes(2, 3))
+    # Of whole rows at hand: the output, of which the paper has this sum, need not be kept.
+    shift = jnp.sum(powers * g_powers, axis=-1, keepdims=True) / total
+    g_scores = (powers * (g_powers - shift)).astype(q.dtype)
     scale = q.shape[-1] ** -0.5
     g_query = jnp.einsum("bhqk,bhkd->bhqd", g_scores, k) * scale
     g_key = jnp.einsum("bhdq,bhqk->bhdk", q.swapaxes(2, 3) * scale, g_scores)

@@ -78,7 +78,8 @@ def dimension(kind, steps=False):
             d = [2 ** (8 - k if g > 0 else 8 + k) for g in gaps]
             about = {"size": "4m", "parameters": 10**6, "step": 10 * k} if steps else {}
             models.append(about | {
-                "full": scores([0.8] * len(gaps)), "scores": {kind: {"1024": {}}},
+                "full": scores([0.8] * len(gaps)),
+                "scores": {kind: {str(2**i): {} for i in range(2, 11)}},
                 "d90": {kind: d[0]}, "d90_seeds": {kind: d},
             })  # fmt: skip
         return by_size("intrinsic_dimension", models)

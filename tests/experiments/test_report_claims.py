@@ -133,6 +133,18 @@ def test_a_dimension_that_was_not_reached_lies_anywhere_above():
     assert kinds("1a-said", results) == [OPEN]
 
 
+def test_a_dimension_that_was_reached_lies_anywhere_above_the_one_before():
+    results = made.dimension("SAID")([0.1, 0.1, 0.1])
+    models = results[0].data["models"]
+    for model in models:  # all at one: the same, as far as what was tried tells
+        model["d90_seeds"]["SAID"] = [2**8] * 3
+    assert kinds("1a-said", results) == [OPEN]
+    for model, d in zip(models, (8, 8, 6), strict=True):
+        model["d90_seeds"]["SAID"] = [2**d] * 3
+        model["scores"]["SAID"] = {"64": {}, "256": {}, "1024": {}}
+    assert kinds("1a-said", results) == [OPEN]  # from 65 and 256 to 1 and 64
+
+
 def test_a_model_whose_largest_class_is_at_90_percent_is_left_out():
     results = made.dimension("SAID")([0.1, 0.1, 0.1])
     results[0].data["constant"] = 0.75

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jpeft
@@ -79,6 +80,11 @@ def test_a_new_head_is_reported_and_seeded(folder):
     np.testing.assert_array_equal(model(IDS), again(IDS))
     other, _ = load_sequence_classifier(folder, 5, key=jax.random.key(1))
     assert not np.array_equal(model(IDS), other(IDS))
+    # It is the head that a whole new model of this key has.
+    new = type(model)(model.config, 5, rngs=nnx.Rngs(KEY))
+    np.testing.assert_allclose(
+        model.classifier.kernel[...], new.classifier.kernel[...], rtol=1e-6, atol=1e-8
+    )
 
 
 def test_the_encoder_alone(folder):

@@ -188,7 +188,9 @@ def test_shards_are_written_read_and_swept_up(folder, tmp_path):
 
 
 @pytest.mark.parametrize("over", ["explicit", "auto", "layers"])
-def test_tensors_go_to_their_devices(folder, over):
+def test_tensors_go_to_their_devices(folder, over, monkeypatch):
+    if over != "auto":  # layers one by one, as where they are large
+        monkeypatch.setattr("jpeft.hf.params.WHOLE", 0)
     kind = jax.sharding.AxisType.Explicit if over == "explicit" else jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((2, 4), ("layers", "x"), axis_types=(kind, kind))
 
@@ -232,7 +234,8 @@ def test_attention_is_chosen_while_loading(folder, tmp_path):
         load_model(tmp_path, implementation="cudnn")
 
 
-def test_the_host_holds_one_tensor_at_a_time(tmp_path):
+def test_the_host_holds_one_tensor_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("jpeft.hf.params.WHOLE", 0)
     config = LlamaConfig(
         vocab_size=100, hidden_size=64, intermediate_size=20_000, num_hidden_layers=4,
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
