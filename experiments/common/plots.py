@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.common.report import device_name, runs_elsewhere
+from experiments.common.report import device_name, model_title, runs_elsewhere
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
@@ -56,8 +56,8 @@ def figure(
 def source_line(result: Mapping[str, Any]) -> str:
     """Where a figure's numbers come from, in one line."""
     config = result["config"]
-    model = pathlib.Path(config["model"]).name
-    return f"{model} on {config['task']}, {seeds(config['seeds'])}; {made_on(result)}"
+    what = f"{model_title(config['model'])} on {config['task']}"
+    return f"{what}, {seeds(config['seeds'])}; {made_on(result)}"
 
 
 def made_on(result: Mapping[str, Any]) -> str:

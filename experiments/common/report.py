@@ -105,6 +105,16 @@ def last_names(model: str) -> str:
     return "/".join(pathlib.Path(model).parts[-3:])
 
 
+def model_title(model: str) -> str:
+    """A model in words: of a family that `pretrain` wrote its name, size and step, else the last
+    name of its directory.
+    """
+    *_, family, size, last = ("", "", *pathlib.Path(model).parts)
+    if last.startswith("step_"):
+        return f"{family} {size}, step {int(last.removeprefix('step_')):,}"
+    return f"{family} {size}".strip() if last == "model" and size else last
+
+
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Indented JSON, appearing whole; of a job of several processes the first one writes it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pathlib
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -45,6 +46,8 @@ def _flags(experiment: str, config: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, list):
             within = "MODELS/" if name == "models" else ""
             out += [f"--{flag}", *(f"{within}{x}" if "/" in str(x) else str(x) for x in value)]
+        elif name == "model" and re.search(r"^\w[^/]*/[^/]+/[^/]+$", str(value)):  # of a family
+            out += [f"--{flag}", f"MODELS/{value}"]
         else:
             out += [f"--{flag}", "DIR" if name == "data" else _told(value)]
     return out + UNTOLD.get(experiment, [])

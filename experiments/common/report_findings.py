@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.common.claims import Claim, Verdict
+from experiments.common.report import model_title
 from experiments.common.report_read import ReportError, Result
 
 # What of a configuration may differ between the runs of one finding.
@@ -111,7 +112,7 @@ def task_of(result: Mapping[str, Any]) -> str:
 def label_of(result: Mapping[str, Any]) -> str:
     """Task and model, as far as a result has them."""
     config = result.get("config") or {}
-    model = str(config.get("model") or "").rstrip("/").split("/")[-1]
+    model = model_title(config["model"]) if config.get("model") else ""
     if "models" in result:
         count = len(result["models"])
         model = f"{count} model" if count == 1 else f"{count} models"

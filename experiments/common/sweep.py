@@ -14,7 +14,14 @@ from rich.console import Console
 from experiments import lora_glue
 from experiments.common.models import fetch_model
 from experiments.common.parallel import Call, run_all
-from experiments.common.report import describe_machine, device_name, versions, write_json
+from experiments.common.report import (
+    describe_machine,
+    device_name,
+    last_names,
+    versions,
+    without_folders,
+    write_json,
+)
 
 Results = dict[str, dict[str, Any]]
 
@@ -144,7 +151,7 @@ def brief(result: Mapping[str, Any]) -> dict[str, Any]:
     ]
     config = {k: v for k, v in result["config"].items() if k not in ("out", "data")}
     return {
-        "config": config,
+        "config": config | {"model": last_names(config["model"])},
         "metrics": result["metrics"],
         "seeds": seeds,
         "wall_seconds": result["wall_seconds"],
@@ -154,9 +161,8 @@ def brief(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_result(config: SweepConfig, results: Results, **more: Any) -> dict[str, Any]:
     """The experiment's `result.json`, where it has a folder; returns what it holds."""
-    about = dataclasses.asdict(config)
+    about = without_folders(config) | {"model": last_names(config.model)}
     about["data"] = next(iter(results.values()))["data"]
-    about["out"] = None
     here = describe_machine()
     devices = [device_name(r["machine"]) for r in results.values()]
     elsewhere = {d: devices.count(d) for d in devices if d != device_name(here)}

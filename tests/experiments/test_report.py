@@ -16,6 +16,7 @@ from rich.console import Console
 from experiments import report
 from experiments.common.claims_all import every
 from experiments.common.command import command
+from experiments.common.report import model_title
 from experiments.common.report_command import command_of
 from experiments.common.report_findings import judge
 from experiments.common.report_read import ReportError, read_results
@@ -223,3 +224,20 @@ def test_a_command_is_made_again_from_its_configuration():
         "XLA_PYTHON_CLIENT_MEM_FRACTION=0.3 python -m experiments.bench_large --quantize None "
         "--out docs/results/bench_large/x"
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "title", "told"),
+    [
+        ("novels", "novels", []),
+        ("minilm", "minilm", ["--model", "minilm"]),
+        ("encoder/1m/model", "encoder 1m", ["--model", "MODELS/encoder/1m/model"]),
+        ("encoder/1m/step_000256", "encoder 1m, step 256",
+         ["--model", "MODELS/encoder/1m/step_000256"]),
+        ("org/name", "name", ["--model", "org/name"]),
+    ],
+)  # fmt: skip
+def test_a_model_is_told_by_family_and_size(model, title, told):
+    assert model_title(model) == title
+    result = made.result("lora_rank/x", config={"task": "sample", "model": model})
+    assert shlex.split(command_of(result))[3:-2] == told
