@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.common.by_size_shown import NAMES
-from experiments.common.dimensions import KINDS
+from experiments.common.dimensions import KINDS, hollow
 from experiments.common.figure_parts import markdown, read, score, source
 from experiments.lora_rank import PAPER
 
 
 def ranks() -> str:
     """`lora_rank` on two tasks, beside the paper's."""
-    results = {task: read("lora_rank", task.lower()) for task in ("SST-2", "MNLI")}
+    results = {task: read("lora_rank", task.lower().replace("-", "")) for task in ("SST-2", "MNLI")}
     shown = sorted({int(r) for x in results.values() for by in x["scores"].values() for r in by})
     rows: list[list[str]] = []
     for task, r in results.items():
@@ -37,13 +37,14 @@ def _run(r: dict[str, Any]) -> str:
 def dimension() -> str:
     """`intrinsic_dimension` on MRPC."""
     r = read("intrinsic_dimension", "mrpc")
+    empty = hollow("accuracy", r["constant"], r["full"]["mean"])
     dims = sorted({int(d) for by in r["scores"].values() for d in by})
     rows = [
         [
             kind,
             *(score(r["scores"][kind][str(d)]) for d in dims),
             score(r["full"]),
-            f"{d90:,}" if (d90 := r["d90"][kind]) else f"more than {dims[-1]:,}",
+            "" if empty else f"{r['d90'][kind] or f'more than {dims[-1]:,}'}",
         ]
         for kind in KINDS
     ]
@@ -57,7 +58,7 @@ def dimension() -> str:
 def sizes() -> str:
     """`by_size --kind methods` on SST-2."""
     r = read("by_size", "sst2_methods")
-    names = list(dict.fromkeys(n for m in r["models"] for n in m["scores"]))
+    names: list[str] = list(dict.fromkeys(str(n) for m in r["models"] for n in m["scores"]))
     rows = [
         [
             f"{m['parameters']:,}",
