@@ -25,6 +25,7 @@ from experiments.common.plots import COLOURS, figure, made_on, seeds
 from experiments.common.report import (
     describe_machine,
     last_names,
+    model_title,
     scored,
     versions,
     without_folders,
@@ -190,7 +191,7 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def draw(config: Config, result: Mapping[str, Any], metric: str, console: Console) -> None:
     """A score against rank, one line a set of weights."""
-    about = f"{result['config']['model']} on {config.task}, {seeds(config.seeds)}"
+    about = f"{model_title(result['config']['model'])} on {config.task}, {seeds(config.seeds)}"
     name = "lora_rank" if metric == "loss" else f"lora_rank_{metric}"
     with figure(config.out, name, f"{about}; {made_on(result)}", console) as axes:
         if axes is None:
