@@ -158,14 +158,14 @@ class Walk:
         base = self._base(v)
         if any(x is not None and self._base(x) == base for x in e.ins[consts:]):
             return False
-        made_of, todo = set[int](), [base]
-        while todo:
-            x = todo.pop()
+        made_of, waiting = set[int](), [base]
+        while waiting:
+            x = waiting.pop()
             made = self.maker.get(x)
             if made is None or x in self.buffers or not self._fused(self.flat.equations[made]):
                 made_of.add(x)
             else:
-                todo += [y for y in self.flat.equations[made].ins if y is not None]
+                waiting += [y for y in self.flat.equations[made].ins if y is not None]
         return sum(self._bytes(x) for x in made_of) < self._bytes(v)
 
     def _base(self, v: int) -> int:

@@ -216,8 +216,7 @@ def _fastfood(key: Any, theta: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
         first = blocks[path].stop
     out: dict[str, Any] = {}
     for paths in _together(blocks, k):
-        numbers = np.concatenate([blocks[p] for p in paths]).astype(np.uint32)
-        made, at = _blocks(seed, mixed, numbers), 0
+        made, at = _blocks(seed, mixed, _numbers([blocks[p] for p in paths])), 0
         for path in paths:
             end = at + len(blocks[path])
             out[path] = made[at:end].reshape(-1)[: sizes[path]]
@@ -243,6 +242,14 @@ def _together(blocks: Mapping[str, range], k: int) -> list[list[str]]:
         shared[-1].append(path)
         room -= need
     return alone + shared
+
+
+def _numbers(blocks: Sequence[range]) -> Any:
+    """Modulo 2^32. A long range is counted by the program, and no constant of it."""
+    if len(blocks) == 1:
+        first = jnp.uint32(blocks[0].start % 2**32)
+        return first + jax.lax.iota(jnp.uint32, len(blocks[0]))
+    return np.concatenate(blocks).astype(np.uint32)
 
 
 @jax.checkpoint

@@ -7,6 +7,7 @@ from typing import Any
 from experiments.common.by_size_shown import NAMES
 from experiments.common.dimensions import KINDS, hollow
 from experiments.common.figure_parts import markdown, read, score, source
+from experiments.common.plots import seeds
 from experiments.lora_rank import PAPER
 
 
@@ -30,8 +31,11 @@ def ranks() -> str:
 
 def _run(r: dict[str, Any]) -> str:
     c = r["config"]
-    seeds = f"{c['seeds']} seed{'s' if c['seeds'] > 1 else ''}"
-    return f"{seeds}, {c['epochs']} epoch{'s' if c['epochs'] > 1 else ''}"
+    return f"{seeds(c['seeds'])}, {c['epochs']} epoch{'s' if c['epochs'] > 1 else ''}"
+
+
+def _reached(d90: int | None, largest: int) -> str:
+    return f"more than {largest:,}" if d90 is None else f"{d90:,}"
 
 
 def dimension() -> str:
@@ -44,7 +48,7 @@ def dimension() -> str:
             kind,
             *(score(r["scores"][kind][str(d)]) for d in dims),
             score(r["full"]),
-            "" if empty else f"{r['d90'][kind] or f'more than {dims[-1]:,}'}",
+            "" if empty else _reached(r["d90"][kind], dims[-1]),
         ]
         for kind in KINDS
     ]
@@ -79,8 +83,7 @@ def dimension_by_size() -> str:
         for kind in KINDS:
             by = m["scores"][kind]
             cells = [score(by[str(d)]) if str(d) in by else "" for d in dims]
-            d90 = m["d90"][kind]
-            last = f"{d90:,}" if d90 else f"more than {max(map(int, by)):,}"
+            last = _reached(m["d90"][kind], max(map(int, by)))
             rows.append([f"{m['parameters']:,}", kind, *cells, score(m["full"]), last])
     header = ["parameters", "kind", *(f"d = {d:,}" for d in dims), "full", "d90"]
     return f"{markdown(header, rows)}\n\nAccuracy, %; {_run(r)}; {source(r)}."

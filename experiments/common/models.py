@@ -37,8 +37,8 @@ def cache() -> pathlib.Path:
 def cpu_layout(encoder: bool = True) -> dict[str, Any]:
     """Options of a model for this machine, none but on a CPU: of an encoder attention in pieces,
     which is faster there; of a decoder straight-line layers, since a token's step would copy each
-    layer's weights out of their stack. An encoder's steps are as fast in a scan over the layers,
-    compile in half the time and keep less: the compiler cannot undo what is kept for a loop.
+    layer's weights out of their stack. An encoder's stay in a scan, which compiles sooner and keeps
+    less: what a loop keeps for the backward pass the compiler cannot trade for something larger.
     """
     import jax
 

@@ -195,7 +195,7 @@ def _new(
         initial = flatten(fresh())
         return {path: initial[path].astype(want[path].dtype) for path in sorted(new)}
 
-    # In one program: what is not asked for is not made, and no array of it is compiled.
+    # In one program: what is not asked for is not computed.
     initial = jax.jit(start)()
     for path, value in initial.items():
         if path in forms:

@@ -54,6 +54,12 @@ def test_fastfood_is_its_dense_matrix():
     np.testing.assert_allclose(grad, dense.T @ cotangent, rtol=1e-4, atol=1e-4)
 
 
+def test_a_large_parameters_blocks_are_no_constant_of_the_program():
+    theta, sizes = jnp.ones(4), {"large": 2**22, "small": 5, "other": 6}
+    lowered = jax.jit(lambda x: _fastfood(jax.random.key(0), x, sizes)).lower(theta)
+    assert len(lowered.as_text()) < 100_000  # a million numbers of blocks would be four megabytes
+
+
 def test_the_gaussians_are_normal_and_independent():
     def drawn(key, first=0, rows=512):
         bits = jax.random.bits(jax.random.key(key), (), jnp.uint32)
