@@ -228,7 +228,7 @@ def slopes() -> str:
 
 def families() -> str:
     """`pretrain`: losses by size, and by what an encoder starts from."""
-    results = [read("pretrain", n) for n in ("novels", "h200")]
+    results = [read("pretrain", n) for n in ("small", "novels", "h200")]
     rows = [
         [
             f"{m['family']}, {m['shape']['layers']} x {m['shape']['width']}",
@@ -242,7 +242,8 @@ def families() -> str:
         for m in r["models"]
     ]
     header = ["layers x width", "parameters", "start", "tokens", "nats a label", "tokens/s"]
-    about = f"The first on {source(results[0])}; the others, two at once, on {source(results[1])}."
+    own, others = source(results[0]), source(results[-1])
+    about = f"The first three on {own}; the others, two at once, on {others}."
     return f"{markdown(header, rows)}\n\n{about}"
 
 
