@@ -141,6 +141,25 @@ def test_methods_of_t5(method, folder):
     assert np.isfinite(result["held_out"]["loss"])
 
 
+@pytest.mark.parametrize(("kind", "method"), [("gpt2", "adapter"), ("gpt2", "ia3"),
+                                              ("t5", "ia3"), ("t5", "full")])  # fmt: skip
+def test_other_methods_have_a_step(kind, method, folder):
+    """Traced, not compiled: the model has what the method's patterns name."""
+    config = finetune.Config(**SMALL, model=str(folder(kind)), method=method)
+    loaded = load(
+        config.model, None, Console(quiet=True), dtype=jnp.float32, remat=False,
+        key=jax.random.key(0),
+    )  # fmt: skip
+    trainer = finetune.trainer_of(config, loaded, 1)
+    start = jax.eval_shape(trainer.first, jpeft.functional(loaded.model).params)
+    state = trainer.step.abstract(start)
+    rows, _ = encode([Pair("ab?", "c")] * 4, loaded.codec, str, 64, loaded.two_sided)
+    batch = next(iter(batches(rows, loaded.codec, 4, 64, 0, loaded.two_sided)))
+    after, _ = trainer.step.trace(state, trainer.frozen, batch, trainer.key(0)).out_info
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert sum(x.size for x in jax.tree.leaves(start)) > 0
+
+
 def test_t5_has_no_biases_to_train(folder):
     with pytest.raises(jpeft.TargetError, match=r"'bias\$' matches no parameter"):
         run(model=str(folder("t5")), method="bitfit")
