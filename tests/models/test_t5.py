@@ -11,7 +11,8 @@ from flax import nnx
 
 import jpeft
 from jpeft.hf.names import Family
-from jpeft.models.t5 import AXES, T5, T5Config, buckets
+from jpeft.models.t5 import AXES, T5, T5Config
+from jpeft.models.t5_layers import buckets
 from tests.models.theirs import check_axes, enlarge, large, relative, with_weights_of
 
 FAMILY = Family(
