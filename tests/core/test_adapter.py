@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import jpeft
 from jpeft.models.bert import Bert, BertConfig
+from tests.core.drawn import drawn
 
 W = jax.random.normal(jax.random.key(1), (6, 8)) * 0.4
 PARAMS = {"kernel": W, "bias": jnp.arange(8.0) / 8}
@@ -78,14 +79,7 @@ def test_outputs_of_several_axes(heads, width, size, transposed, seed):
         method = jpeft.Adapter(size, target)
         uses = jpeft.uses(several, params, x)
 
-        # The state's shapes alone: its start is a program that takes time to compile.
-        shapes = jax.eval_shape(
-            lambda params, method=method, uses=uses: method.init(
-                jax.random.key(0), params, uses=uses
-            ),
-            params,
-        )
-        state = jax.tree.map(lambda s: normal(s.shape).astype(np.float32), shapes)
+        state = drawn(method, params, seed, uses=uses)
 
         @jax.jit
         def run(params, state, x, method=method):

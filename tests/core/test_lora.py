@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import jpeft
 from jpeft.leaf import dense
 from jpeft.lowrank import LowRank
+from tests.core.drawn import drawn, normal
 
 W = jax.random.normal(jax.random.key(1), (6, 8))
 X = jax.random.normal(jax.random.key(2), (4, 6))
@@ -181,53 +182,59 @@ def contractions(draw):
 @given(contractions(), st.integers(0, 2**16))
 def test_every_contraction_keeps_its_low_rank_form(case, seed):
     weight, x, out, axes, sizes = case
-    keys = jax.random.split(jax.random.key(seed), 2)
-    w = jax.random.normal(keys[0], [sizes[c] for c in weight])
-    value = jax.random.normal(keys[1], [sizes[c] for c in x])
+    draw = np.random.default_rng(seed).standard_normal
+    params = {"w": draw([sizes[c] for c in weight]).astype(np.float32)}
+    value = draw([sizes[c] for c in x]).astype(np.float32)
     method = jpeft.LoRA(1, 2.0, "w$", axes={"w$": axes})
-    state = filled(method.init(jax.random.key(0), {"w": w}), seed)
-    rewritten = method.rewrite({"w": w}, state)
-    assert isinstance(rewritten["w"], LowRank)
+    state = drawn(method, params, seed)
 
     def apply(params, value):
         return jnp.einsum(f"{x},{weight}->{out}", value, params["w"])
 
-    got = jpeft.lift(apply)(rewritten, value)
-    np.testing.assert_allclose(got, apply(jpeft.merge(rewritten), value), rtol=1e-4, atol=1e-4)
+    @jax.jit  # one program, where the operations alone would be many
+    def both(params, state, value):
+        rewritten = method.rewrite(params, state)
+        assert isinstance(rewritten["w"], LowRank)
+        return jpeft.lift(apply)(rewritten, value), apply(jpeft.merge(rewritten), value)
+
+    np.testing.assert_allclose(*both(params, state, value), rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.permutations(range(3)), st.integers(0, 2), st.booleans(), st.integers(0, 2**16))
 def test_transposing_and_slicing_a_leaf(order, at, dora, seed):
-    w = jax.random.normal(jax.random.key(seed), (3, 4, 5))
+    params = normal({"w": jax.ShapeDtypeStruct((3, 4, 5), "float32")}, seed)
     method = jpeft.LoRA(2, 2.0, "w$", axes={"w$": "bio"}, dora=dora)
-    state = filled(method.init(jax.random.key(0), {"w": w}), seed)
-    rewritten = method.rewrite({"w": w}, state)
 
     def apply(params):
         return jnp.transpose(params["w"], order), params["w"][at], params["w"].reshape(3, 20)
 
-    got = jpeft.merge(jpeft.lift(apply)(rewritten))
-    for a, b in zip(got, apply(jpeft.merge(rewritten)), strict=True):
+    @jax.jit
+    def both(params, state):
+        rewritten = method.rewrite(params, state)
+        return jpeft.merge(jpeft.lift(apply)(rewritten)), apply(jpeft.merge(rewritten))
+
+    for a, b in zip(*both(params, drawn(method, params, seed)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.integers(0, 2**16))
 def test_looking_up_rows(rank, seed):
-    table = jax.random.normal(jax.random.key(seed), (10, 6))
+    params = normal({"embedding": jax.ShapeDtypeStruct((10, 6), "float32")}, seed)
+    ids = np.random.default_rng(seed).integers(0, 10, (3, 4))
     method = jpeft.LoRA(rank, 2.0, "embedding$")
-    state = filled(method.init(jax.random.key(0), {"embedding": table}), seed)
-    rewritten = method.rewrite({"embedding": table}, state)
-    ids = jax.random.randint(jax.random.key(seed), (3, 4), 0, 10)
 
     def apply(params, ids):
         h = params["embedding"][ids]
         return h, h @ params["embedding"].T  # tied
 
-    for a, b in zip(
-        jpeft.lift(apply)(rewritten, ids), apply(jpeft.merge(rewritten), ids), strict=True
-    ):
+    @jax.jit
+    def both(params, state, ids):
+        rewritten = method.rewrite(params, state)
+        return jpeft.lift(apply)(rewritten, ids), apply(jpeft.merge(rewritten), ids)
+
+    for a, b in zip(*both(params, drawn(method, params, seed), ids), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
