@@ -1,5 +1,7 @@
 """LoRA on Linen, NNX, Equinox and plain functions, none of them touched."""
 
+import functools
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -132,13 +134,20 @@ def moved(state):
     )
 
 
-@pytest.fixture(params=MODELS)
-def case(request):
-    make, pattern = MODELS[request.param]
+@functools.cache
+def made(name):
+    """The model, what it reads, and LoRA on it, at its start."""
+    make, pattern = MODELS[name]
     apply, params, inputs = make()
     method = jpeft.LoRA(2, 4.0, pattern)
     uses = jpeft.uses(apply, params, *inputs)
-    return apply, params, inputs, method, method.init(jax.random.key(0), params, uses=uses)
+    start = jax.jit(lambda params: method.init(jax.random.key(0), params, uses=uses))
+    return jax.jit(apply), params, inputs, method, start(params)
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    return made(request.param)
 
 
 def test_starts_at_the_model(case):
@@ -152,7 +161,8 @@ def test_equals_merged_weights(case):
     rewritten = method.rewrite(params, moved(state))
     out = jpeft.lift(apply)(rewritten, *inputs)
     assert float(jnp.abs(out - apply(params, *inputs)).max()) > 0.01
-    np.testing.assert_allclose(out, apply(jpeft.merge(rewritten), *inputs), atol=1e-5, rtol=1e-5)
+    merged = jax.jit(jpeft.merge)(rewritten)
+    np.testing.assert_allclose(out, apply(merged, *inputs), atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_equal_the_dense_formula(case):

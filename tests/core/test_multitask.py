@@ -52,9 +52,13 @@ def cast(params, x):
 @pytest.mark.parametrize("apply", [indexed, scanned, cut, cast])
 @pytest.mark.parametrize("method", [LORA, ADAPTER, jpeft.chain(LORA, ADAPTER)])
 def test_stacked_layers(apply, method):
-    alone = [jpeft.lift(apply)(method.rewrite(PARAMS, s), X) for s in states(method)]
-    rewritten = method.rewrite(PARAMS, jpeft.stack(states(method)), task=TASK)
-    out = jpeft.lift(apply)(rewritten, X)
+    @jax.jit
+    def run(states):
+        alone = [jpeft.lift(apply)(method.rewrite(PARAMS, s), X) for s in states]
+        rewritten = method.rewrite(PARAMS, jpeft.stack(states), task=TASK)
+        return alone, jpeft.lift(apply)(rewritten, X)
+
+    alone, out = run(states(method))
     np.testing.assert_allclose(out[0], alone[1][0], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(out[1], alone[0][1], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(out[2], apply(PARAMS, X)[2], rtol=1e-4, atol=1e-4)
@@ -75,8 +79,13 @@ def test_convolutions_and_kernels_on_the_left():
     uses = jpeft.uses(apply, params, x)
     state = method.init(jax.random.key(0), params, uses=uses)
     two = [jax.tree.map(lambda x, k=k: x + k, state) for k in (0.3, -0.5)]
-    alone = [jpeft.lift(apply)(method.rewrite(params, s), x) for s in two]
-    out = jpeft.lift(apply)(method.rewrite(params, jpeft.stack(two), task=TASK), x)
+
+    @jax.jit
+    def run(two):
+        alone = [jpeft.lift(apply)(method.rewrite(params, s), x) for s in two]
+        return alone, jpeft.lift(apply)(method.rewrite(params, jpeft.stack(two), task=TASK), x)
+
+    alone, out = run(two)
     want = [alone[1][:, 0], alone[0][:, 1], apply(params, x)[:, 2]]
     np.testing.assert_allclose(out, jnp.stack(want, axis=1), rtol=1e-4, atol=1e-4)
 

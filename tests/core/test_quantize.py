@@ -32,12 +32,23 @@ make = functools.cache(zoo.make)
 def bases(form, model):
     """The quantised tree, and the dense one that it stands for."""
     model = make(model)
-    quantised = FORMATS[form](model.params, uses=model.uses)
-    return quantised, jpeft.dequantize(quantised)
+
+    @jax.jit
+    def both(params):
+        quantised = FORMATS[form](params, uses=model.uses)
+        return quantised, jpeft.dequantize(quantised)
+
+    return both(model.params)
+
+
+@functools.cache
+def plain(model):
+    """What the model gives as it is."""
+    return jax.jit(make(model).apply)(make(model).params, zoo.IDS)
 
 
 def normal(*shape, key=0):
-    return jax.random.normal(jax.random.key(key), shape)
+    return jnp.asarray(np.random.default_rng(key).standard_normal(shape), jnp.float32)
 
 
 # -- numbers -----------------------------------------------------------------------------------
@@ -80,18 +91,27 @@ def test_any_shape(inputs, outputs, layers, block, form, double):
     stack = (layers,) if layers else ()
     w = normal(*stack, inputs, outputs)
     axes = {"w": "b" * len(stack) + "io"}
-    leaf = jpeft.Quantize("w", form, block, double, axes)({"w": w})["w"]
-    dense = leaf.materialise()
-    assert leaf.shape == dense.shape == w.shape
-    assert dense.dtype == w.dtype
+
+    @jax.jit  # one program, where the operations alone would be many
+    def run(w):
+        leaf = jpeft.Quantize("w", form, block, double, axes)({"w": w})["w"]
+        dense = leaf.materialise()
+        assert leaf.shape == dense.shape == w.shape
+        assert dense.dtype == w.dtype
+        alone = [
+            jpeft.Quantize("w", form, block, double)({"w": w[i]})["w"].materialise()
+            for i in range(layers)
+        ]
+        again = jpeft.Quantize("w", form, block, False, axes)({"w": dense})["w"].materialise()
+        return dense, alone, again
+
+    dense, alone, again = run(w)
     for i in range(layers):
-        alone = jpeft.Quantize("w", form, block, double)({"w": w[i]})["w"].materialise()
-        np.testing.assert_array_equal(alone, dense[i])
+        np.testing.assert_array_equal(alone[i], dense[i])
     # Half the widest gap between entries of a table, of the largest number of a block.
     worst = {"nf4": 0.16, "fp4": 0.17, "int8": 0.004}[form] + (0.05 if double else 0)
     reach = np.abs(w).max()
     assert np.abs(dense - w).max() <= worst * reach + 1e-6
-    again = jpeft.Quantize("w", form, block, False, axes)({"w": dense})["w"].materialise()
     if not double:
         np.testing.assert_allclose(again, dense, rtol=1e-5, atol=1e-6)
 
@@ -122,7 +142,7 @@ def pairs():
 @pytest.mark.parametrize(("name", "form", "model"), sorted(set(pairs())))
 def test_a_method_is_what_it_is_on_the_dense_weights(name, form, model):
     quantised, dense = bases(form, model)
-    method, model = METHODS[name], make(model)
+    method, unchanged, model = METHODS[name], plain(model), make(model)
     state, x = trained(method, model), inputs(method)
     forward = jpeft.lift(model.apply)
 
@@ -135,24 +155,32 @@ def test_a_method_is_what_it_is_on_the_dense_weights(name, form, model):
     (_, theirs), wanted = run(state, dense)
     check_close(ours, theirs)
     check_close(gradient, wanted)
-    assert np.abs(ours - forward(model.params, zoo.IDS)).max() > 1e-3
-    start = method.transform.init(jax.random.key(0), quantised, uses=model.uses)
+    assert np.abs(ours - unchanged).max() > 1e-3
+    start = jax.eval_shape(
+        lambda params: method.transform.init(jax.random.key(0), params, uses=model.uses), quantised
+    )
     assert jax.tree.map(jnp.shape, start) == jax.tree.map(jnp.shape, state)
     if method.merges:
-        merged = jpeft.merge(method.transform.rewrite(quantised, state))
-        assert all(isinstance(w, jax.Array) for w in jax.tree.leaves(merged))
-        check_close(model.apply(merged, x), ours, 1e-4)
+        merged = jax.jit(lambda p, s: jpeft.merge(method.transform.rewrite(p, s)))(quantised, state)
+        assert jax.tree.structure(merged) == jax.tree.structure(model.params)
+        check_close(jax.jit(model.apply)(merged, x), ours, 1e-4)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_bf16(form):
     model = make("scanned")
     params = jpeft.cast(model.params, jnp.bfloat16)
-    quantised = FORMATS[form](params, uses=model.uses)
-    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(jpeft.dequantize(quantised)))
-    out = jpeft.lift(model.apply)(quantised, zoo.IDS)
+
+    @jax.jit
+    def both(params):
+        quantised = FORMATS[form](params, uses=model.uses)
+        dense = jpeft.dequantize(quantised)
+        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(dense))
+        exact = model.apply(jpeft.cast(dense, jnp.float32), zoo.IDS)
+        return jpeft.lift(model.apply)(quantised, zoo.IDS), exact
+
+    out, exact = both(params)
     assert out.dtype == jnp.bfloat16
-    exact = model.apply(jpeft.cast(jpeft.dequantize(quantised), jnp.float32), zoo.IDS)
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.1, rtol=0.05)
 
 
@@ -202,8 +230,8 @@ def test_what_models_do_to_a_weight(form, how):
     params, x, run = quantise({"w": W}), normal(3, 16, key=2), ARRANGED[how]
     forward = jpeft.lift(lambda p, x: run(p["w"], x))
     dense = jpeft.dequantize(params)
-    ours = jax.jit(lambda p, x: jax.vjp(lambda x: forward(p, x), x)[1](forward(p, x)))(params, x)
-    theirs = jax.vjp(lambda x: forward(dense, x), x)[1](forward(dense, x))
+    both = jax.jit(lambda p, x: jax.vjp(lambda x: forward(p, x), x)[1](forward(p, x)))
+    ours, theirs = both(params, x), both(dense, x)
     tolerance = 0.05 if how == "cast" else 1e-4
     np.testing.assert_allclose(ours[0], theirs[0], rtol=tolerance, atol=tolerance * 30)
 
@@ -217,9 +245,8 @@ def test_a_kernel_of_three_axes_and_a_convolution():
     params = {"q": q}
     leaf = jpeft.Quantize("q", block=4)(params, uses=jpeft.uses(heads, params, x))
     assert leaf["q"].blocked == -3
-    np.testing.assert_allclose(
-        jpeft.lift(heads)(leaf, x), heads(jpeft.dequantize(leaf), x), atol=1e-5
-    )
+    dense = jax.jit(lambda p, x: heads(jpeft.dequantize(p), x))(leaf, x)
+    np.testing.assert_allclose(jax.jit(jpeft.lift(heads))(leaf, x), dense, atol=1e-5)
 
     def convolved(p, x):
         numbers = ("NWC", "WIO", "NWC")
@@ -229,8 +256,8 @@ def test_a_kernel_of_three_axes_and_a_convolution():
     uses = jpeft.uses(convolved, params, x)
     for form in ("nf4", "int8"):
         leaf = jpeft.Quantize("k", form, block=4)(params, uses=uses)
-        dense = convolved(jpeft.dequantize(leaf), x)
-        np.testing.assert_allclose(jpeft.lift(convolved)(leaf, x), dense, atol=1e-5)
+        dense = jax.jit(lambda p, x: convolved(jpeft.dequantize(p), x))(leaf, x)
+        np.testing.assert_allclose(jax.jit(jpeft.lift(convolved))(leaf, x), dense, atol=1e-5)
 
 
 def test_products_in_integers():

@@ -1,5 +1,6 @@
 """Who the other processes are, and jobs of several over loopback."""
 
+import os
 import random
 import shutil
 import signal
@@ -213,7 +214,7 @@ def test_sigterm_saves_and_leaves_and_the_job_goes_on(undisturbed, tmp_path):
     """A preemption of one process stops all of them at the same step."""
     with Job(tmp_path, 2) as job:
         job.wait_for(lambda: len(losses(tmp_path)) >= 3)
-        job.processes[1].send_signal(signal.SIGTERM)
+        os.kill(job.processes[1].pid, signal.SIGTERM)
         job.finish()
     assert len(losses(tmp_path)) < 40
     assert "stopped" in (tmp_path / "log0.txt").read_text()

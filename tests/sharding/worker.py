@@ -40,7 +40,7 @@ def loss(trainable, frozen, batch, key):
     return jnp.mean((out - batch["y"]) ** 2)
 
 
-def main():
+def main(options=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--steps", type=int, default=40)
@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--mesh", help="its shape; all devices on fsdp without")
     parser.add_argument("--shuffled", action="store_true", help="devices in no order of processes")
     parser.add_argument("--large", type=int, default=0, help="MiB of more state: saves take longer")
-    args = parser.parse_args()
+    args = parser.parse_args(options)
     jax.config.update("jax_compilation_cache_dir", str(args.folder.parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     initialise()
