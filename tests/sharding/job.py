@@ -1,5 +1,6 @@
 """Starts `worker` as the processes of one job over loopback."""
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -23,7 +24,9 @@ def run(options, env, log):
     from tests.sharding import worker
 
     jax.config.update("jax_platforms", "cpu")  # which is read when jax is imported
-    sys.exit(worker.main(options))
+    code = worker.main(options)
+    atexit._run_exitfuncs()  # a process made by a fork leaves them out; JAX's says goodbye to others
+    sys.exit(code)
 
 
 class Job:
