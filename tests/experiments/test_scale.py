@@ -20,6 +20,7 @@ from experiments.finetune import main as finetune
 from experiments.longlora import Config as LongConfig
 from experiments.longlora import main as longlora
 from experiments.lora_glue import Config, main
+from tests.sharding.job import with_devices
 from tests.tiny import write_model, write_task
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -109,7 +110,7 @@ def job(experiment, *arguments, processes=2, devices=4):
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
+            "XLA_FLAGS": with_devices(devices // processes),
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(i),

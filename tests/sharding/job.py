@@ -4,6 +4,7 @@ import atexit
 import json
 import multiprocessing
 import os
+import re
 import socket
 import sys
 import time
@@ -25,8 +26,13 @@ def run(options, env, log):
 
     jax.config.update("jax_platforms", "cpu")  # which is read when jax is imported
     code = worker.main(options)
-    atexit._run_exitfuncs()  # a process made by a fork leaves them out; JAX's says goodbye to others
+    atexit._run_exitfuncs()  # left out after a fork; JAX's says goodbye to the others
     sys.exit(code)
+
+
+def with_devices(count):
+    """The tests' flags for the compiler, with so many virtual devices."""
+    return re.sub(r"(device_count=)\d+", rf"\g<1>{count}", os.environ["XLA_FLAGS"])
 
 
 class Job:
@@ -42,7 +48,7 @@ class Job:
         options = [str(folder), "--steps", str(steps), *options]
         for i in range(processes):
             env = {
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
+                "XLA_FLAGS": with_devices(devices // processes),
                 "NPROC": "16",
             }
             if processes > 1:
