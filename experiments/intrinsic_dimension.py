@@ -102,6 +102,8 @@ def draw(config: Config, result: dict[str, Any], console: Console) -> None:
             va="bottom", color="0.5",
         )  # fmt: skip
         axes.set_xscale("log")
+        axes.set_xticks(list(config.dims), [f"{d:,}" for d in config.dims])
+        axes.set_xticks([], minor=True)
         axes.set_xlabel("dimensions d of the subspace (log scale)")
         axes.set_ylabel(f"{config.task}, validation {result['metric']}")
         axes.legend(frameon=False)

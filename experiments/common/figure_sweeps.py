@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.common.by_size_shown import NAMES
@@ -34,8 +35,12 @@ def _run(r: dict[str, Any]) -> str:
     return f"{seeds(c['seeds'])}, {c['epochs']} epoch{'s' if c['epochs'] > 1 else ''}"
 
 
-def _reached(d90: int | None, largest: int) -> str:
-    return f"more than {largest:,}" if d90 is None else f"{d90:,}"
+def _reached(d90: int | None, dims: Sequence[int]) -> str:
+    """Where d90 lies between the dimensions that were tried."""
+    if d90 is None:
+        return f"more than {max(dims):,}"
+    below = [d for d in dims if d < d90]
+    return f"{max(below):,} to {d90:,}" if below else f"at most {d90:,}"
 
 
 def dimension() -> str:
@@ -48,7 +53,7 @@ def dimension() -> str:
             kind,
             *(score(r["scores"][kind][str(d)]) for d in dims),
             score(r["full"]),
-            "" if empty else _reached(r["d90"][kind], dims[-1]),
+            "" if empty else _reached(r["d90"][kind], dims),
         ]
         for kind in KINDS
     ]
@@ -83,7 +88,7 @@ def dimension_by_size() -> str:
         for kind in KINDS:
             by = m["scores"][kind]
             cells = [score(by[str(d)]) if str(d) in by else "" for d in dims]
-            last = _reached(m["d90"][kind], max(map(int, by)))
+            last = _reached(m["d90"][kind], [int(d) for d in by])
             rows.append([f"{m['parameters']:,}", kind, *cells, score(m["full"]), last])
     header = ["parameters", "kind", *(f"d = {d:,}" for d in dims), "full", "d90"]
     return f"{markdown(header, rows)}\n\nAccuracy, %; {_run(r)}; {source(r)}."
