@@ -18,7 +18,7 @@ from experiments.common.accounts import (
     in_parts,
     predicted,
 )
-from experiments.memory import Config, check_table, main
+from experiments.memory import Config, _sizes, check_table, main
 from jpeft.memory import Account, Measured, rule_of_thumb
 from sharding import make_mesh
 from sharding.mesh import mesh_sizes, parsed_mesh
@@ -120,15 +120,19 @@ def test_prediction_and_program_of_devices_and_parts(model, mesh, parts):
 
 
 def test_a_mesh_and_parts_by_the_command(model):
-    def kinds(**options):
-        config = Config(model=model, batch=8, sequence=128, stage=3, **options)
-        return run(config)[0]["bytes_per_device"]
+    case = Case(model, "full", "float32", 3, False, 8, 128)
 
-    data, tensor = kinds(mesh="data=2"), kinds(mesh="tensor=2")
+    def kinds(mesh, **changes):
+        sizes = mesh_sizes(mesh, math.prod(parsed_mesh(mesh).values()))
+        return predicted(dataclasses.replace(case, **changes), sizes, "adam").kinds()
+
+    config = Config(model=model, batch=8, sequence=128, stage=3, mesh="tensor=2")
+    tensor, data = run(config)[0]["bytes_per_device"], kinds("data=2")
+    assert tensor == kinds("tensor=2")
     assert tensor["trained"] < 0.6 * data["trained"]
     assert data["activations"] < tensor["activations"] < 1.7 * data["activations"]
-    assert kinds(mesh="data=2", accumulate=2)["activations"] < 0.6 * data["activations"]
-    assert kinds(mesh="fsdp=2") == kinds(devices=2)
+    assert kinds("data=2", accumulate=2)["activations"] < 0.6 * data["activations"]
+    assert _sizes(Config(mesh="fsdp=2")) == _sizes(Config(devices=2)) == (1, 2, 1)
 
 
 def test_the_checks_table():
