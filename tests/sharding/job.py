@@ -10,8 +10,9 @@ import sys
 import time
 
 # A server that has imported all there is to import makes each process by a fork, which then starts
-# JAX's backend: a job's processes begin in a tenth of the time.
+# JAX's backend: imports are most of what a short process does.
 FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.sharding.worker"])
 
 
 def run(options, env, log):
@@ -44,7 +45,6 @@ class Job:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        FORKS.set_forkserver_preload(["tests.sharding.worker"])
         options = [str(folder), "--steps", str(steps), *options]
         for i in range(processes):
             env = {
