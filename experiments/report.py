@@ -18,6 +18,7 @@ from experiments.common import report_html, report_markdown, report_words
 from experiments.common.claims import Claim
 from experiments.common.claims_all import every
 from experiments.common.command import command
+from experiments.common.report_again import by_name, held
 from experiments.common.report_findings import Judged, judge, unclaimed
 from experiments.common.report_read import ReportError, Result, read_results
 from jpeft._disk import atomically
@@ -33,6 +34,9 @@ class Config:
     """The folder whose result.json files are gathered, and those in folders below."""
     out: pathlib.Path = ROOT / "docs" / "report"
     """The pages, without their endings .html and .md."""
+    again: pathlib.Path | None = None
+    """Results of the same names that the same commands made on another day: each finding says how
+    they stand to the first. Without it the folder `again` beside --results, if there is one."""
     check: bool = False
     """Write nothing, and fail where the Markdown page is not as the results are."""
 
@@ -47,17 +51,25 @@ class Report:
     markdown: str
 
 
-def made(results: pathlib.Path, out: pathlib.Path, claims: tuple[Claim, ...]) -> Report:
+def made(
+    results: pathlib.Path,
+    out: pathlib.Path,
+    claims: tuple[Claim, ...],
+    again: pathlib.Path | None = None,
+) -> Report:
     """The report of a folder of results. **Raises:** `ReportError` that names the file."""
     found = read_results(results)
-    judged = tuple(judge(c, found) for c in claims)
+    if again is None and (results.parent / "again").is_dir():
+        again = results.parent / "again"
+    later = by_name(found, read_results(again)) if again else {}
+    judged = held([judge(c, found) for c in claims], later)
     rest = tuple(unclaimed(found, judged))
     shown = _shown(results)
     return Report(
         judged,
         rest,
-        report_html.page(judged, rest, shown),
-        report_markdown.page(judged, rest, shown, out.parent),
+        report_html.page(judged, rest, later, shown),
+        report_markdown.page(judged, rest, later, shown, out.parent),
     )
 
 
@@ -71,7 +83,7 @@ def _shown(folder: pathlib.Path) -> str:
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Gather, judge, print and write; returns how often there is each verdict."""
     console = console or Console()
-    report = made(config.results, config.out, every())
+    report = made(config.results, config.out, every(), config.again)
     console.print(table(report))
     pages = {
         config.out.with_name(f"{config.out.name}.html"): report.html,
@@ -95,12 +107,13 @@ def _writer(text: str) -> Any:
 def table(report: Report) -> Table:
     """A line a finding."""
     out = Table(title=f"{len(report.judged)} claims, and {len(report.rest)} results of none")
-    for name in ("claim", "on", "verdict", "interval"):
+    for name in ("claim", "on", "verdict", "interval", "made again"):
         out.add_column(name)
     for j in report.judged:
         for f in j.findings:
             interval = f.verdict.interval if f.verdict else ""
-            out.add_row(j.claim.id, f.label, report_words.word(f), interval)
+            again = f.again.kind if f.again else ""
+            out.add_row(j.claim.id, f.label, report_words.word(f), interval, again)
     return out
 
 

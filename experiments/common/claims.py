@@ -17,13 +17,15 @@ class Verdict:
     """What results say of a claim.
 
     **Attributes:** `ours`, our figures in words; `interval`, the interval that decides, in words;
-    `reason`, why the verdict is this one, in a sentence.
+    `reason`, why the verdict is this one, in a sentence; `found`, that interval in numbers, None
+    where there is none.
     """
 
     kind: Kind
     ours: str
     interval: str
     reason: str
+    found: Interval | None = None
 
 
 Judge = Callable[[Results], Verdict]
@@ -102,13 +104,13 @@ def decide(
     if found is None:
         return undecided(ours, f"{lack}: no interval")
     shown, at = f"{what}: {scale.interval(found)}", scale.text(line) + scale.unit
+    kind: Kind = "not decidable at this scale"
+    reason = f"the interval holds {at}: it may be either"
     if found.low > line:
-        return Verdict("reproduced", ours, shown, f"the whole interval lies above {at}")
-    if found.high < line:
-        return Verdict("not reproduced", ours, shown, f"the whole interval lies below {at}")
-    return Verdict(
-        "not decidable at this scale", ours, shown, f"the interval holds {at}: it may be either"
-    )
+        kind, reason = "reproduced", f"the whole interval lies above {at}"
+    elif found.high < line:
+        kind, reason = "not reproduced", f"the whole interval lies below {at}"
+    return Verdict(kind, ours, shown, reason, found)
 
 
 def undecided(ours: str, reason: str, interval: str = "none") -> Verdict:

@@ -16,17 +16,31 @@ FREE = {"seed", "out", "overwrite", "resume", "processes", "data", "save_every",
 
 
 @dataclasses.dataclass(frozen=True)
+class Again:
+    """The same commands run another time.
+
+    **Attributes:** `verdict`, from them alone; `kind`, how they stand to the first time, in words.
+    """
+
+    results: tuple[Result, ...]
+    verdict: Verdict
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Finding:
     """A verdict on a claim, and the results it is of.
 
     **Attributes:** `label`, which task and model; `results` differ in their seed alone; `verdict`,
-    None where nothing was run; `command`, where nothing was run what would, a line a task.
+    None where nothing was run; `command`, where nothing was run what would, a line a task;
+    `again`, where the results were made a second time.
     """
 
     label: str
     results: tuple[Result, ...]
     verdict: Verdict | None
     command: str = ""
+    again: Again | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +62,7 @@ def judge(claim: Claim, results: Sequence[Result]) -> Judged:
     groups = grouped(bearing) if claim.pooled else [[r] for r in bearing]
     findings: list[Finding] = []
     for group in groups:
-        where = ", ".join(str(r.path) for r in group)
-        verdict = _Named(where, claim).call(claim.judge, [r.data for r in group])
+        verdict = verdict_on(claim, group)
         findings.append(Finding(label_of(group[0].data) or group[0].name, tuple(group), verdict))
     done = {task_of(f.results[0].data) for f in findings}
     missing = [t for t in claim.wanted if t not in done]
@@ -59,6 +72,12 @@ def judge(claim: Claim, results: Sequence[Result]) -> Judged:
     elif not findings:
         findings.append(Finding("", (), None, claim.command))
     return Judged(claim, tuple(findings))
+
+
+def verdict_on(claim: Claim, results: Sequence[Result]) -> Verdict:
+    """What results that differ in their seed alone say of a claim. **Raises:** as `judge`."""
+    where = ", ".join(str(r.path) for r in results)
+    return _Named(where, claim).call(claim.judge, [r.data for r in results])
 
 
 def bears_on(result: Result, claim: Claim) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
+from experiments.common import report_again
 from experiments.common import report_words as words
 from experiments.common.claims import Claim
 from experiments.common.report_command import command_of
-from experiments.common.report_figures import main_figures
 from experiments.common.report_findings import Finding, Judged
 from experiments.common.report_read import Result
 from experiments.common.report_style import STYLE
@@ -20,11 +20,14 @@ SHADES: dict[str, str] = dict(zip(words.VERDICTS, ("yes", "no", "open", "none"),
 TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
-def page(judged: Sequence[Judged], rest: Sequence[Result], root: str) -> str:
-    """The whole file."""
+def page(
+    judged: Sequence[Judged], rest: Sequence[Result], again: Mapping[str, Result], root: str
+) -> str:
+    """The whole file. **Arguments:** `rest`, results of no claim; `again`, those made again."""
     first = words.first_claims(judged)
     parts = [f"<h1>{words.TITLE}</h1>", f"<p>{escape(words.INTRODUCTION)}</p>", meanings(judged)]
-    parts += [f'<p class="quiet">{escape(note)}</p>' for note in words.NOTES]
+    notes = (*words.NOTES, report_again.summary(judged))
+    parts += [f'<p class="quiet">{escape(note)}</p>' for note in notes if note]
     parts.append(overview(judged))
     for name, of in words.sections(judged).items():
         parts.append(f"<h2>{escape(name)}</h2>")
@@ -32,7 +35,7 @@ def page(judged: Sequence[Judged], rest: Sequence[Result], root: str) -> str:
     if rest:
         parts.append(f'<h2 id="rest">{words.REST}</h2>')
         parts.append("<p>Runs that no claim above is judged from.</p>")
-        parts += [other(r, root) for r in rest]
+        parts += [other(r, again.get(r.name), root) for r in rest]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -102,7 +105,12 @@ def finding(f: Finding, c: Claim, first: dict[str, str], root: str) -> str:
         parts.append(command(f.command))
     else:
         v = f.verdict
-        lines = (("ours", v.ours), ("interval", v.interval), ("why", v.reason))
+        lines = (
+            ("ours", v.ours),
+            ("interval", v.interval),
+            ("why", v.reason),
+            ("again", report_again.told(f)),
+        )
         each = "".join(f"<dt>{k}</dt><dd>{escape(x)}</dd>" for k, x in lines if x)
         parts.append(f"<dl>{each}</dl>")
         if not f.results:
@@ -152,11 +160,18 @@ def data_of(path: pathlib.Path) -> str:
     return f"data:{TYPES[path.suffix]};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def other(r: Result, root: str) -> str:
-    """A result that no claim is judged from."""
-    rows = "\n".join(
-        f'<tr><td>{escape(k)}</td><td class="figure">{escape(x)}</td></tr>'
-        for k, x in main_figures(r.experiment, r.data)
-    )
-    table = f'<div class="scroll"><table><tbody>\n{rows}\n</tbody></table></div>' if rows else ""
+def other(r: Result, again: Result | None, root: str) -> str:
+    """A result that no claim is judged from, with its figures of another day beside it."""
+    head, *lines = words.columns(r, again)
+    rows = [_row(line) for line in lines]
+    if again is not None:
+        rows.insert(0, _row(head))
+    body = "\n".join(rows)
+    table = f'<div class="scroll"><table><tbody>\n{body}\n</tbody></table></div>' if lines else ""
     return "\n".join([f"<h3>{escape(r.name)}</h3>", table, source(r, root), *pictures(r)])
+
+
+def _row(cells: Sequence[str]) -> str:
+    first, *rest = map(escape, cells)
+    figures = "".join(f'<td class="figure">{x}</td>' for x in rest)
+    return f"<tr><td>{first}</td>{figures}</tr>"

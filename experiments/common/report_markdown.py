@@ -5,22 +5,32 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
+from experiments.common import report_again
 from experiments.common import report_words as words
 from experiments.common.claims import Claim
 from experiments.common.report_command import command_of
-from experiments.common.report_figures import main_figures
 from experiments.common.report_findings import Finding, Judged
 from experiments.common.report_read import Result
 
 
-def page(judged: Sequence[Judged], rest: Sequence[Result], root: str, folder: pathlib.Path) -> str:
-    """The whole file. **Arguments:** `folder`, where it is to be: links are relative to it."""
+def page(
+    judged: Sequence[Judged],
+    rest: Sequence[Result],
+    again: Mapping[str, Result],
+    root: str,
+    folder: pathlib.Path,
+) -> str:
+    """The whole file.
+
+    **Arguments:** `rest`, results of no claim; `again`, those made again, by name; `folder`, where
+    the file is to be: links are relative to it.
+    """
     first = words.first_claims(judged)
     parts = [f"# {words.TITLE}", plain(words.INTRODUCTION), meanings(judged)]
-    parts += [plain(note) for note in words.NOTES]
+    parts += [plain(note) for note in (*words.NOTES, report_again.summary(judged)) if note]
     parts.append(overview(judged))
     for name, of in words.sections(judged).items():
         parts.append(f"## {plain(name)}")
@@ -29,7 +39,7 @@ def page(judged: Sequence[Judged], rest: Sequence[Result], root: str, folder: pa
     if rest:
         parts += [f"## {words.REST}", "Runs that no claim above is judged from."]
         for r in rest:
-            parts += other(r, root, folder)
+            parts += other(r, again.get(r.name), root, folder)
     return "\n\n".join(parts) + "\n"
 
 
@@ -81,7 +91,12 @@ def finding(
     if f.verdict is None:
         return [f"{head}:", command(f.command)]
     v = f.verdict
-    lines = (("ours", v.ours), ("interval", v.interval), ("why", v.reason))
+    lines = (
+        ("ours", v.ours),
+        ("interval", v.interval),
+        ("why", v.reason),
+        ("made again", report_again.told(f)),
+    )
     parts = [head + "\n\n" + "\n".join(f"- {k}: {plain(x)}" for k, x in lines if x)]
     if not f.results:
         parts.append(command(c.command))
@@ -116,8 +131,10 @@ def link(path: pathlib.Path, folder: pathlib.Path) -> str:
     return quote(pathlib.PurePath(relative).as_posix())
 
 
-def other(r: Result, root: str, folder: pathlib.Path) -> list[str]:
-    """A result that no claim is judged from."""
-    rows = "\n".join(f"| {plain(k)} | {plain(x)} |" for k, x in main_figures(r.experiment, r.data))
-    table = [f"| figure | value |\n|---|--:|\n{rows}"] if rows else []
+def other(r: Result, again: Result | None, root: str, folder: pathlib.Path) -> list[str]:
+    """A result that no claim is judged from, with its figures of another day beside it."""
+    columns = words.columns(r, again)
+    rows = ["| " + " | ".join(map(plain, line)) + " |" for line in columns]
+    rows.insert(1, "|---" + "|--:" * (len(columns[0]) - 1) + "|")
+    table = ["\n".join(rows)] if columns[1:] else []
     return [f"### {plain(r.name)}", *table, *source(r, root), *pictures(r, folder)]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.common.report_figures import main_figures
 from experiments.common.report_findings import Finding, Judged
 from experiments.common.report_read import Result
 
@@ -73,6 +74,16 @@ def where(result: Result) -> str:
 def date(result: Result) -> str:
     """The day it was run, as its file says."""
     return str(result.data["machine"].get("date", "no date"))
+
+
+def columns(result: Result, again: Result | None) -> list[tuple[str, ...]]:
+    """A result's main figures below a line of heads; with `again` those of another day beside."""
+    figures = [main_figures(r.experiment, r.data) for r in (result, again) if r]
+    if again is None:
+        return [("figure", "value"), *figures[0]]
+    later = dict(figures[1])
+    head = ("figure", date(result), f"made again {date(again)}")
+    return [head, *((k, x, later.get(k, "")) for k, x in figures[0])]
 
 
 def versions(result: Result) -> str:
