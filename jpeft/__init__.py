@@ -12,6 +12,8 @@ from jpeft.axis_names import leaf_axes as leaf_axes
 from jpeft.axis_names import trainable_axes as trainable_axes
 from jpeft.beam import beam_search as beam_search
 from jpeft.config import ConfigError as ConfigError
+from jpeft.cpu import CpuProduct as CpuProduct
+from jpeft.cpu import cpu_products as cpu_products
 from jpeft.dylora import DyLoRA as DyLoRA
 from jpeft.files import load as load
 from jpeft.files import load_transform as load_transform

@@ -35,16 +35,21 @@ def cache() -> pathlib.Path:
 
 
 def cpu_layout(encoder: bool = True) -> dict[str, Any]:
-    """Options of a model for this machine, none but on a CPU: of an encoder attention in pieces,
-    which is faster there; of a decoder straight-line layers, since a token's step would copy each
-    layer's weights out of their stack. An encoder's stay in a scan, which compiles sooner and keeps
-    less: what a loop keeps for the backward pass the compiler cannot trade for something larger.
+    """Options of a model for this machine, none but on a CPU: of an encoder attention in pieces and
+    products alone kept for the backward pass, both faster there; of a decoder straight-line layers,
+    since a token's step would copy each layer's weights out of their stack. An encoder's stay in a
+    scan, which compiles sooner and keeps less: what a loop keeps for the backward pass the compiler
+    cannot trade for something larger.
     """
     import jax
 
+    from jpeft.models.layers import keep_products
+
     if jax.default_backend() != "cpu":
         return {}
-    return {"attention_rows": 8} if encoder else {"unroll": 64}
+    if not encoder:
+        return {"unroll": 64}
+    return {"attention_rows": 8, "remat": keep_products}
 
 
 def fetch_model(name: str, console: Console | None = None) -> pathlib.Path:

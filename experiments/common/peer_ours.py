@@ -80,7 +80,9 @@ class Ours:
         job = self.job
         model, kind = self._model()
         self.encoder = kind in ENCODERS
-        vocabulary, self.module = model.config.vocab_size, model
+        vocabulary = model.config.vocab_size
+        # Its shapes alone: where everything is trained its own arrays are not needed again.
+        self.module: Any = nnx.eval_shape(lambda: model)
         if self.encoder and job["method"] == "prefix":
             model = PastPrefix(model, PREFIX)
         self.apply, params = jpeft.functional(model)
@@ -114,8 +116,10 @@ class Ours:
         job, folder = self.job, pathlib.Path(self.job["directory"])
         kind = str(read_config(folder)["model_type"])
         dtype = jnp.dtype("float32" if job["precision"] == "fp32" else "bfloat16")
-        options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "remat": job["remat"]}
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
         options |= cpu_layout(kind in ENCODERS)
+        if job["remat"]:
+            options["remat"] = True
         if kind in ENCODERS:
             if job["method"] == "qlora":
                 options["quantize"] = jpeft.Quantize(LINEAR)
@@ -144,7 +148,10 @@ class Ours:
         return [batch[k] for k in names if k in batch]
 
     def _loss(self, state: Any, frozen: Any, batch: Any) -> Any:
-        rewritten = self.transform.rewrite(self.base.params(frozen), state)
+        params = self.base.params(frozen)
+        rewritten = self.transform.rewrite(params, state)
+        if self.job["device"] == "cpu":
+            rewritten = jpeft.cpu_products(rewritten, params)
         forward, inputs = jpeft.lift(self.apply), self._arguments(batch)
         if self.encoder:
             logits = forward(rewritten, *inputs)

@@ -190,7 +190,8 @@ class Trainer:
             params = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, shape) else x, params
             )
-        return self.transform.rewrite(params, state, key=key, task=task)
+        out = self.transform.rewrite(params, state, key=key, task=task)
+        return jpeft.cpu_products(out, params) if jax.default_backend() == "cpu" else out
 
     def _loss(self, state: Any, frozen: Any, batch: Any, key: Any) -> Any:
         own, models = jax.random.split(key)

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jpeft.models.layers import dropout
+from jpeft.models.layers import ATTENTION, dropout
 
 
 def attention(
@@ -62,7 +63,7 @@ def _forward(query: Any, key: Any, value: Any, bias: Any, heads: int, rows: int)
     given = query, key, value, bias
     # The gradient is one rule for all pieces: that of each slice would be padded to the whole.
     out = jnp.concatenate([_attended(*cut, heads=heads) for cut in _cuts(given, rows)])
-    return out, given
+    return checkpoint_name(out, ATTENTION), given
 
 
 def _cuts(arrays: tuple[Any, ...], rows: int) -> list[tuple[Any, ...]]:

@@ -10,6 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jpeft.cpu import PRODUCT
+
+# What attention's result is known by, to a policy of rematerialisation.
+ATTENTION = "attention"
 # Whether layers forget their activations, or a policy for what they keep.
 Remat = bool | Callable[..., Any]
 
@@ -116,6 +120,19 @@ def rematerialised(step: Callable[..., Any], remat: Remat) -> Callable[..., Any]
     if not remat:
         return step
     return jax.checkpoint(step, policy=remat if callable(remat) else None)
+
+
+def keep_products(prim: Any, *args: Any, **params: Any) -> Any:
+    """A policy for `remat`: of a layer keep its products, and make what is element-wise again.
+
+    Softmax and attention count as one product. What is made again reads what is kept and writes
+    nothing, so that on a CPU it takes no longer, for a quarter less memory.
+    """
+    policies = jax.checkpoint_policies
+    named = policies.save_only_these_names(PRODUCT, ATTENTION)
+    return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)(
+        prim, *args, **params
+    )
 
 
 def last_tokens(x: Float[Array, "b t d"], mask: Int[Array, "#b t"]) -> Float[Array, "b 1 d"]:

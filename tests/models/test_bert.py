@@ -10,6 +10,7 @@ import jpeft
 from jpeft.hf import load_sequence_classifier
 from jpeft.models.attention import attention
 from jpeft.models.bert import AXES, BertConfig, BertForSequenceClassification
+from jpeft.models.layers import keep_products
 from tests.models.theirs import check_axes
 from tests.tiny import tiny_config
 
@@ -85,7 +86,14 @@ def model_of(**options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"remat": True}, {"unroll": 2}, {"attention_rows": 2}, {"unroll": 64}]
+    "options",
+    [
+        {"remat": True},
+        {"unroll": 2},
+        {"attention_rows": 2},
+        {"unroll": 64},
+        {"remat": keep_products, "attention_rows": 2},
+    ],
 )
 def test_how_it_runs_changes_no_result(options):
     ids, mask, types = batch(tiny_config())
@@ -101,6 +109,17 @@ def test_how_it_runs_changes_no_result(options):
     got, want = run(model_of(**options)), run(model_of())
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_keeping_products_alone_keeps_less():
+    ids = jnp.ones((16, 16), jnp.int32)
+
+    def temporaries(**options):
+        apply, params = jpeft.functional(model_of(attention_rows=4, **options))
+        graded = jax.jit(jax.grad(lambda p: jnp.sum(apply(p, ids, ids, ids) ** 2)))
+        return graded.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(remat=keep_products) < 0.95 * temporaries()
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

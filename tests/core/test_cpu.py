@@ -1,0 +1,143 @@
+"""Products for a CPU: the same outputs and gradients, on every kind of weight and model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jpeft
+from tests.core import zoo
+
+KERNELS = r"(query|value|down)/(kernel|weight)$"
+METHODS = {
+    "lora": jpeft.LoRA(2, 4.0, KERNELS),
+    "dora": jpeft.LoRA(2, 4.0, KERNELS, dora=True),
+    "train": jpeft.Train(KERNELS),
+    "lora on what is trained": jpeft.chain(jpeft.Train(KERNELS), jpeft.LoRA(2, 4.0, KERNELS)),
+    "lora twice": jpeft.chain(
+        jpeft.LoRA(2, 4.0, KERNELS), jpeft.LoRA(1, 4.0, r"query/(kernel|weight)$")
+    ),
+    "subspace": jpeft.Subspace(20, KERNELS),
+    "adapter and head": jpeft.chain(
+        jpeft.Train("head/"), jpeft.Adapter(4, r"down/(kernel|weight)$")
+    ),
+    "tables": jpeft.Train(r"embed"),
+}
+
+
+def normal(seed, shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def moved(method, model):
+    state = jax.jit(lambda key: method.init(key, model.params, uses=model.uses))(jax.random.key(0))
+    noise = np.random.default_rng(3).normal
+    return jax.tree.map(lambda x: x + 0.3 * noise(size=x.shape).astype(x.dtype), state)
+
+
+def counted(tree):
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, jpeft.CpuProduct))
+    return sum(isinstance(x, jpeft.CpuProduct) for x in leaves)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("kind", ["scanned", "nnx"])
+def test_outputs_and_gradients_are_the_same(name, kind):
+    method, model = METHODS[name], zoo.make(kind)
+    state, ids = moved(method, model), jnp.tile(zoo.IDS, (4, 1))  # rows enough to form the sum
+    forward = jpeft.lift(model.apply)
+
+    def loss(state, made):
+        rewritten = method.rewrite(model.params, state)
+        rewritten = jpeft.cpu_products(rewritten, model.params) if made else rewritten
+        return jnp.sum(forward(rewritten, ids) ** 2)
+
+    graded = jax.value_and_grad(loss)
+    (a, grads), (b, made) = jax.jit(lambda s: (graded(s, False), graded(s, True)))(state)
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(grads))
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(made), strict=True):
+        np.testing.assert_allclose(x / scale, y / scale, atol=1e-5)
+    rewritten = method.rewrite(model.params, state)
+    assert counted(jpeft.cpu_products(rewritten, model.params)) > 0
+    assert counted(jpeft.cpu_products(model.params, model.params)) == 0
+    merged = name != "adapter and head" and jpeft.merge(jpeft.cpu_products(rewritten, model.params))
+    if merged:
+        for x, y in zip(
+            jax.tree.leaves(merged), jax.tree.leaves(jpeft.merge(rewritten)), strict=True
+        ):
+            np.testing.assert_array_equal(x, y)
+
+
+def product(x, w, turned=False):
+    return x @ (w.T if turned else w)
+
+
+def program(transform, x, kernel, turned=False, dtype=None, **more):
+    """The step's program with and without, and what both give."""
+    params = {"kernel": kernel}
+    uses = jpeft.uses(lambda p, x: product(x, p["kernel"], turned), params, x)
+    state = jax.tree.map(lambda v: v + 0.1, transform.init(jax.random.key(1), params, uses=uses))
+    forward = jpeft.lift(lambda p, x: product(x, p["kernel"], turned))
+
+    def loss(state, made):
+        rewritten = transform.rewrite(params, state, **more)
+        rewritten = jpeft.cpu_products(rewritten, params) if made else rewritten
+        return jnp.sum(jnp.sin(forward(rewritten, x)))
+
+    grads = [jax.jit(jax.grad(lambda s, m=m: loss(s, m)))(state) for m in (False, True)]
+    for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    return str(jax.make_jaxpr(lambda s: loss(s, True))(state))
+
+
+LORA = jpeft.LoRA(2, 4.0, "kernel")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transform", [LORA, jpeft.Train("kernel")], ids=["lora", "train"])
+@pytest.mark.parametrize("shape", [(6, 2, 4), (12, 4), (2, 3, 2, 4)])
+def test_any_number_of_axes_and_a_turned_weight(turned, transform, shape):
+    x = normal(1, shape)
+    assert "custom_vjp" in program(transform, x, normal(2, (5, 4) if turned else (4, 5)), turned)
+
+
+@pytest.mark.parametrize("case", ["few rows", "bf16", "dropout", "quantised", "three axes"])
+def test_what_it_does_not_suit_is_as_it_was(case):
+    x, kernel, transform, more = normal(1, (8, 4)), normal(2, (4, 5)), LORA, {}
+    if case == "few rows":
+        x = x[:3]
+    elif case == "bf16":
+        x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    elif case == "dropout":
+        transform = jpeft.LoRA(2, 4.0, "kernel", dropout=0.5)
+        more = {"key": jax.random.key(7)}
+    elif case == "quantised":
+        transform = jpeft.chain(jpeft.IA3("kernel"), LORA)
+    else:
+        transform, kernel = jpeft.Train("kernel"), normal(2, (4, 5))[None]
+    assert "custom_vjp" not in program(transform, x, kernel, **more)
+
+
+def test_dropout_without_a_key_is_no_dropout():
+    transform = jpeft.LoRA(2, 4.0, "kernel", dropout=0.5)
+    assert "custom_vjp" in program(transform, normal(1, (8, 4)), normal(2, (4, 5)))
+
+
+def test_under_vmap_remat_and_scan():
+    params, x = {"kernel": normal(2, (3, 4, 4))}, normal(1, (2, 8, 4))
+    transform = jpeft.LoRA(2, 4.0, "kernel", axes={"kernel": "bio"})
+    state = jax.tree.map(lambda v: v + 0.1, transform.init(jax.random.key(1), params))
+
+    def run(params, x):
+        step = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None))
+        return jax.lax.scan(step, x, params["kernel"])[0]
+
+    def loss(state, made):
+        rewritten = transform.rewrite(params, state)
+        rewritten = jpeft.cpu_products(rewritten, params) if made else rewritten
+        return jax.vmap(lambda row: jpeft.lift(run)(rewritten, row))(x).sum()
+
+    a, b = (jax.jit(jax.grad(lambda s, m=m: loss(s, m)))(state) for m in (False, True))
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
