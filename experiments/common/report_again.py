@@ -81,4 +81,4 @@ def summary(judged: Sequence[Judged]) -> str:
         return ""
     each = "; ".join(f"{kind}: {count[kind]}" for kind in KINDS if count[kind])
     total = sum(count.values())
-    return f"Made again by the same commands on another day: {total} findings. {each}."
+    return f"Made again by the same commands on another day: {total} findings; {each}."

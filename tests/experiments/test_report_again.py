@@ -83,7 +83,7 @@ def test_the_page_tells_what_was_made_again(tmp_path):
     for page in ("page.md", "page.html"):
         text = (tmp_path / page).read_text()
         assert f"2026-01-03, {again.SAME}" in text
-        assert "1 findings. the same figures: 1." in text
+        assert "1 findings; the same figures: 1." in text
         assert "made again 2026-01-03" in text
         assert "2.5" in text
     file = later / "memory" / "rule" / "result.json"
