@@ -360,7 +360,7 @@ def main(
     console.print(result_table(data.task.name, summary, config.seeds))
     console.print(f"{speed:,.0f} tokens/s in training, {seconds:,.0f} s in all")
     result = {
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(config) | {"out": None},
         "data": data.source,
         "metrics": summary,
         "seeds": results,

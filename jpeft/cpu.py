@@ -21,8 +21,8 @@ from jpeft.transform import Params
 
 # What leaves a matrix one, however it is laid out.
 ARRANGED = IN_PLACE | {"transpose", "reshape", "squeeze"}
-# What a policy of rematerialisation knows a result by, as `jpeft.models.keep_products` does.
-PRODUCT = "product"
+# What a result that is worth keeping is known by, to `jpeft.models.layers.keep_products`.
+KEPT = "jpeft_kept"
 
 
 def cpu_products(rewritten: Params, params: Params) -> Params:
@@ -32,7 +32,7 @@ def cpu_products(rewritten: Params, params: Params) -> Params:
 
     - A matrix that is trained whole has its gradient worked out by itself, activations first. Left
       to the compiler it is turned, and woven into the copy to where gradients of layers are
-      stacked: full fine-tuning takes a fifth longer.
+      stacked, which is slower.
     - A matrix with a low-rank update multiplies by the sum `base + scale A B`, formed anew for each
       product of as many rows as the matrix has or more. The branch `(x A) B` goes over the
       activations several times, which costs more than the sum. What comes back to A and B goes
@@ -131,7 +131,7 @@ def _trained(x: Float[Array, "n k"], w: Any, axis: int, precision: Any) -> Float
 
 
 def _trained_forward(x: Any, w: Any, axis: int, precision: Any) -> Any:
-    return checkpoint_name(_dot(x, w, (1, axis), precision), PRODUCT), (x, w)
+    return checkpoint_name(_dot(x, w, (1, axis), precision), KEPT), (x, w)
 
 
 def _trained_backward(axis: int, precision: Any, saved: Any, g: Any) -> Any:
@@ -153,7 +153,7 @@ def _low_rank(
 
 
 def _low_rank_forward(x: Any, leaf: Any, axis: int, precision: Any) -> Any:
-    return checkpoint_name(_low_rank(x, leaf, axis, precision), PRODUCT), (x, leaf)
+    return checkpoint_name(_low_rank(x, leaf, axis, precision), KEPT), (x, leaf)
 
 
 def _low_rank_backward(axis: int, precision: Any, saved: Any, g: Any) -> Any:

@@ -18,13 +18,13 @@ OTHER = "other figures, and the verdict is another"
 ALSO = "other figures, and the same verdict"
 NONE = "other figures, and no interval to hold them against"
 KINDS = (SAME, WITHIN, OUTSIDE, ALSO, OTHER, NONE)
-# Of these the first time's figures were no guide to the second's.
-BROKEN = (OUTSIDE, OTHER)
 
 
 def by_name(results: Sequence[Result], again: Sequence[Result]) -> dict[str, Result]:
-    """What was made again, by its name. **Raises:** `ReportError` for one that is not of a name
-    among `results`."""
+    """What was made again, by its name.
+
+    **Raises:** `ReportError` for one whose name is not among `results`.
+    """
     known = {r.name for r in results}
     for r in again:
         if r.name not in known:

@@ -92,7 +92,8 @@ class Trainer:
 
     **Arguments:** `apply`, `params`, `transform`, as the library has them; `dropout`, whether the
     model's and the method's dropout are on in training; `room`, what a batch becomes for a method
-    that has virtual tokens; `scale`, devices and numbers; `axes`, names of the axes of `params`.
+    that has virtual tokens; `scale`, devices and numbers; `axes`, names of the axes of `params`;
+    `products`, whether on a CPU it multiplies by `jpeft.cpu_products`.
 
     **Attributes:** `params`, with a shape in place of each array that nothing reads, since a copy
     of it is trained; `frozen`, the arrays that are read, by path, where the stage has them, in what
@@ -108,6 +109,7 @@ class Trainer:
     room: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     scale: Scale = Scale()
     axes: Axes | None = None
+    products: bool = True
     frozen: dict[str, Any] = dataclasses.field(init=False)
     step: Step = dataclasses.field(init=False)
     outputs: Callable[[Any, Any, Any], Any] = dataclasses.field(init=False)
@@ -191,7 +193,8 @@ class Trainer:
                 lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, shape) else x, params
             )
         out = self.transform.rewrite(params, state, key=key, task=task)
-        return jpeft.cpu_products(out, params) if jax.default_backend() == "cpu" else out
+        suits = self.products and jax.default_backend() == "cpu"
+        return jpeft.cpu_products(out, params) if suits else out
 
     def _loss(self, state: Any, frozen: Any, batch: Any, key: Any) -> Any:
         own, models = jax.random.split(key)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jpeft.models.layers import ATTENTION, dropout
+from jpeft.cpu import KEPT
+from jpeft.models.layers import dropout
 
 
 def attention(
@@ -43,7 +44,9 @@ def attention(
     query, keys, value = (_split(x, heads) for x in (query_btd, key_bsd, value_bsd))
     scores = jnp.einsum("bhqd,bhkd->bhqk", query * query.shape[-1] ** -0.5, keys)
     weights = jax.nn.softmax(scores.astype(jnp.float32) + bias, axis=-1).astype(value.dtype)
-    return _join(jnp.einsum("bhqk,bhkd->bhqd", dropout(weights, rate, key), value))
+    weights = checkpoint_name(weights, KEPT)
+    mixed = jnp.einsum("bhqk,bhkd->bhqd", dropout(weights, rate, key), value)
+    return _join(checkpoint_name(mixed, KEPT))
 
 
 def _split(x: Float[Array, "b t d"], heads: int) -> Float[Array, "b h t w"]:
@@ -63,7 +66,7 @@ def _forward(query: Any, key: Any, value: Any, bias: Any, heads: int, rows: int)
     given = query, key, value, bias
     # The gradient is one rule for all pieces: that of each slice would be padded to the whole.
     out = jnp.concatenate([_attended(*cut, heads=heads) for cut in _cuts(given, rows)])
-    return checkpoint_name(out, ATTENTION), given
+    return checkpoint_name(out, KEPT), given
 
 
 def _cuts(arrays: tuple[Any, ...], rows: int) -> list[tuple[Any, ...]]:

@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jpeft.cpu import PRODUCT
+from jpeft.cpu import KEPT
 
-# What attention's result is known by, to a policy of rematerialisation.
-ATTENTION = "attention"
 # Whether layers forget their activations, or a policy for what they keep.
 Remat = bool | Callable[..., Any]
 
@@ -108,7 +107,7 @@ def dropout(x: Float[Array, ...], rate: float, key: PRNGKeyArray | None) -> Floa
     """Zero with probability `rate` and scale the rest, when a key is given; else `x`."""
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    keep = checkpoint_name(jax.random.bernoulli(key, 1 - rate, x.shape), KEPT)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
@@ -125,11 +124,11 @@ def rematerialised(step: Callable[..., Any], remat: Remat) -> Callable[..., Any]
 def keep_products(prim: Any, *args: Any, **params: Any) -> Any:
     """A policy for `remat`: of a layer keep its products, and make what is element-wise again.
 
-    Softmax and attention count as one product. What is made again reads what is kept and writes
-    nothing, so that on a CPU it takes no longer, for a quarter less memory.
+    Attention counts as a product, with its softmax where that is whole; what dropout keeps is kept.
+    The rest is made again from these, in place of writing it down and reading it back.
     """
     policies = jax.checkpoint_policies
-    named = policies.save_only_these_names(PRODUCT, ATTENTION)
+    named = policies.save_only_these_names(KEPT)
     return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)(
         prim, *args, **params
     )
