@@ -1,5 +1,7 @@
 """BERT and RoBERTa: parity with transformers, attention in pieces, padding, dropout, remat."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,8 +83,9 @@ def test_attention_in_pieces_equals_attention_at_once(rows):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def model_of(**options):
-    return BertForSequenceClassification(tiny_config(), 2, rngs=nnx.Rngs(0), **options)
+def model_of(config=None, **options):
+    config = config or tiny_config()
+    return BertForSequenceClassification(config, 2, rngs=nnx.Rngs(0), **options)
 
 
 @pytest.mark.parametrize(
@@ -112,14 +115,16 @@ def test_how_it_runs_changes_no_result(options):
 
 
 def test_keeping_products_alone_keeps_less():
+    # Of two layers it would be less than what a version of XLA keeps beside them.
+    config = dataclasses.replace(tiny_config(), num_hidden_layers=8, intermediate_size=64)
     ids = jnp.ones((16, 16), jnp.int32)
 
     def temporaries(**options):
-        apply, params = jpeft.functional(model_of(attention_rows=4, **options))
+        apply, params = jpeft.functional(model_of(config, attention_rows=4, **options))
         graded = jax.jit(jax.grad(lambda p: jnp.sum(apply(p, ids, ids, ids) ** 2)))
         return graded.lower(params).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(remat=keep_products) < 0.95 * temporaries()
+    assert temporaries(remat=keep_products) < 0.9 * temporaries()
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
