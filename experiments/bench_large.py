@@ -108,6 +108,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     import numpy as np
 
     from experiments.common.decoders import LAYOUTS
+    from experiments.common.peer_flops import LARGE
     from experiments.common.peer_ours import matrix_rate
     from experiments.common.plan import plan
     from experiments.common.random_base import random_params
@@ -153,7 +154,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     del state
     seconds = statistics.median(times[2:])
     flops = planned.model_flops(config.batch)
-    rate = matrix_rate() if gpu else None
+    rate = matrix_rate(*LARGE) if gpu else None
     return {
         "parameters": planned.parameters,
         "trained": planned.trained,

@@ -310,19 +310,12 @@ def held_out_loss(
     trainer: LanguageTrainer, state: Any, held: Sequence[Tokens], loaded: Loaded, config: Config
 ) -> float:
     """Nats a token, over all labels."""
-    import jax
-
     from experiments.common.language import batches
 
     made = batches(held, loaded.codec, config.batch, config.length, 0, loaded.two_sided)
     made = made.of(trainer.share(config.batch))
-
-    @jax.jit
-    def total(frozen: Any, state: Any, batch: Any) -> Any:
-        return trainer.total(trainer.rewritten(frozen, state), batch)
-
     sums = [
-        [float(x) for x in total(trainer.frozen, state, batch)]
+        [float(x) for x in trainer.sums(trainer.frozen, state, batch)]
         for batch, _ in zip(made, range(made.per_epoch), strict=False)
     ]
     loss, count = np.sum(sums, axis=0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,7 +16,7 @@ from experiments.common.pairs import Pair
 from experiments.common.pipeline import Batch, Batches, Shapes, quantiles
 from experiments.common.texts import Codec
 from experiments.common.tokens import Later, encoded, sizes, taken
-from experiments.common.training import Trainer
+from experiments.common.training import Trainer, compiler_options
 from jpeft.models.loss import IGNORED
 
 Render = Callable[[str], str]
@@ -141,13 +143,22 @@ class LanguageTrainer(Trainer):
     start: Any = None
     chunk: int = 1024
 
-    def uses(self) -> Any:
-        """How the model reads its parameters."""
+    def probe(self) -> Any:
+        """How the model reads its parameters, looked up in it."""
         return language_uses(self.apply, self.params, self.two_sided)
 
     def first(self, params: Any) -> Any:
         """What is trained, at the start."""
         return super().first(params) if self.start is None else self.start
+
+    @functools.cached_property
+    def sums(self) -> Any:
+        """Compiled: `sums(frozen, state, batch)`, the sum of the losses and their count."""
+
+        def run(frozen: Any, state: Any, batch: Any) -> Any:
+            return self.total(self.rewritten(frozen, state), batch)
+
+        return jax.jit(run, compiler_options=compiler_options())
 
     def loss(self, rewritten: Any, batch: Any, key: Any) -> Any:
         """The sum over the batch's labels, and their number."""

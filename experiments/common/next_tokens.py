@@ -57,8 +57,8 @@ class NextTokens(LanguageTrainer):
 
     plain: Apply | None = None
 
-    def uses(self) -> Any:
-        """How the model reads its parameters."""
+    def probe(self) -> Any:
+        """How the model reads its parameters, looked up in it."""
         return language_uses(self.plain or self.apply, self.params, two_sided=False)
 
     def step_memory(self, batch: Batch) -> dict[str, float]:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from experiments.common.peer_cases import Case, Generation
-from experiments.common.peer_flops import products, step_flops
+from experiments.common.peer_flops import Products, products, rate_sizes, step_flops
 from experiments.common.peers import (
     COMPILED,
     EAGER,
@@ -68,8 +68,9 @@ class Row:
     **Attributes:** `eval`, the forward pass; `generation`, of decoders, with its `shape`;
     `memory_mib`, the peak of a step; `program_mib`, arguments and temporaries of our compiled
     step; `start`, seconds to the first step by side, ours with an empty cache of compiled programs
-    and (`jpeft_warm`) a full one; `mfu`, by side, of the device's measured rate; `profile`,
-    milliseconds of our step by kind; `note`, what could not be measured.
+    and (`jpeft_warm`) a full one; `matrix_rates`, flops a second of one product by side, and the
+    higher of them; `mfu`, by side, of that rate; `profile`, milliseconds of our step by kind;
+    `note`, what could not be measured.
     """
 
     model: str
@@ -93,6 +94,7 @@ class Row:
     remat: bool = False
     flops_per_token: float | None = None
     matrix_flops_per_second: float | None = None
+    matrix_rates: dict[str, float] | None = None
     mfu: dict[str, float] | None = None
     profile: dict[str, float] | None = None
     note: str = ""
@@ -147,16 +149,15 @@ def measure(
     """
     with tempfile.TemporaryDirectory() as cache:
         job = job_of(case, options, directory, pathlib.Path(cache))
-        found = _timed(case, options, job, tell)
+        own = products(directory)
+        found = _timed(case, options, job, own, tell)
         memory, warm = _memory(options, job, found["memory"], tell)
     start = {OURS: found["start"][OURS], "jpeft_warm": warm}
     start |= {side: s for side, s in found["start"].items() if side != OURS}
     program = memory.pop("program")
     train: Speed = found["train"]
-    flops = rate = mfu = None
-    if found["rate"] is not None:
-        flops, rate = step_flops(products(directory), case.method, case.length), found["rate"]
-        mfu = {side: x * flops / rate for side, x in train.tokens_per_second.items()}
+    flops, rate = step_flops(own, case.method, case.length), max(found["rates"].values())
+    mfu = {side: x * flops / rate for side, x in train.tokens_per_second.items()}
     ours, theirs = memory[OURS], memory[EAGER]
     return Row(
         model=pathlib.Path(case.model).name,
@@ -180,13 +181,16 @@ def measure(
         remat=case.remat,
         flops_per_token=flops,
         matrix_flops_per_second=rate,
+        matrix_rates=found["rates"],
         mfu=mfu,
         profile=found["profile"],
         note=found["note"],
     )
 
 
-def _timed(case: Case, options: Options, job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
+def _timed(
+    case: Case, options: Options, job: Job, p: Products, tell: Callable[[str], None]
+) -> dict[str, Any]:
     """Everything that is measured in turn, by one process a side."""
     notes: list[str] = []
     with ExitStack() as stack:
@@ -208,6 +212,8 @@ def _timed(case: Case, options: Options, job: Job, tell: Callable[[str], None]) 
         tokens, turns = case.batch * case.length, _Turns(workers, options, notes)
         tell("training")
         train = turns.speed("steps", tokens)
+        size = " ".join(map(str, rate_sizes(p, tokens, options.device)))
+        rates = {side: workers[side].ask(f"rate {size}") for side in (OURS, EAGER)}
         memory: dict[str, Any] = {}
         if options.device == "gpu":  # its allocator tells; a host's needs a process of its own
             memory = {side: workers[side].ask("memory") for side in (OURS, EAGER)}
@@ -217,12 +223,10 @@ def _timed(case: Case, options: Options, job: Job, tell: Callable[[str], None]) 
         if options.generation is not None:
             tell("generation")
             generated = turns.speed("generate", 0)
-        profile = rate = None
+        profile = None
         if options.profile:
             tell("profile")
             profile = workers[OURS].ask("profile")["ms"]
-        if options.device == "gpu":
-            rate = workers[OURS].ask("rate")["flops_per_second"]
     return {
         "start": {side: answer["start"] for side, answer in starts.items()},
         "first": first,
@@ -232,7 +236,7 @@ def _timed(case: Case, options: Options, job: Job, tell: Callable[[str], None]) 
         "eval": evaluated,
         "generation": generated,
         "profile": profile,
-        "rate": rate,
+        "rates": {side: answer["flops_per_second"] for side, answer in rates.items()},
         "note": "; ".join(notes),
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from experiments.common.models import cpu_layout
 from experiments.common.peer_cases import ALPHA, BOTTLENECK, ENCODERS, PREFIX, RANK
 from experiments.common.peer_memory import host_peak_mib
 from experiments.common.peer_model import LABELS, batch_of, room
+from experiments.common.peers import rate_of
 from experiments.common.training import compiler_options
 from jpeft.hf import load_model, load_sequence_classifier
 from jpeft.hf.files import read_config
@@ -202,6 +202,12 @@ class Ours:
         program = (found.argument_size_in_bytes + found.temp_size_in_bytes) / 2**20
         return {"peak_mib": peak, "program_mib": program}
 
+    def rate(self, m: int, k: int, n: int) -> float:
+        """Flops a second of a product of random matrices, `(m, k)` by `(k, n)`."""
+        return matrix_rate(
+            m, k, n, jnp.bfloat16 if self.job["precision"] == "bf16" else jnp.float32
+        )
+
     def profile(self, steps: int = 3) -> dict[str, float]:
         """Milliseconds of a step by kind of operation."""
         from experiments.common.trace import traced
@@ -217,15 +223,9 @@ def _zero_prefix(path: Any, x: Any) -> Any:
     return x if "classifier" in jax.tree_util.keystr(path) else jnp.zeros_like(x)
 
 
-def matrix_rate(size: int = 8192, rounds: int = 8) -> float:
-    """Flops a second of a product of two bf16 matrices `(size, size)`: the best round's."""
+def matrix_rate(m: int, k: int, n: int, dtype: Any = jnp.bfloat16) -> float:
+    """Flops a second of a product of random matrices, `(m, k)` by `(k, n)`."""
     # Random: a chip runs faster on numbers that are all alike.
-    x, y = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
+    x, y = (jax.random.normal(jax.random.key(0), s, dtype) for s in ((m, k), (k, n)))
     product = jax.jit(jnp.matmul)
-    product(x, y).block_until_ready()
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        product(x, y).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best
+    return rate_of(lambda: product(x, y).block_until_ready(), 2.0 * m * k * n)

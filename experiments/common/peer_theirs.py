@@ -16,6 +16,7 @@ import transformers
 from experiments.common.peer_cases import ALPHA, BOTTLENECK, ENCODERS, PREFIX, RANK
 from experiments.common.peer_memory import host_peak_mib
 from experiments.common.peer_model import LABELS, batch_of
+from experiments.common.peers import rate_of
 
 # By kind: LoRA's targets, every linear layer, where adapters stand, and the norms.
 PLACES: dict[str, tuple[list[str], list[str], str, str]] = {
@@ -244,6 +245,17 @@ class Theirs:
         for _ in range(2):
             self.step()
         return {"peak_mib": torch.cuda.max_memory_allocated() / 2**20}
+
+    def rate(self, m: int, k: int, n: int) -> float:
+        """Flops a second of a product of random matrices, `(m, k)` by `(k, n)`."""
+        dtype = torch.bfloat16 if self.job["precision"] == "bf16" else torch.float32
+        x, y = (torch.randn(s, dtype=dtype, device=self.device) for s in ((m, k), (k, n)))
+
+        def product() -> None:
+            torch.matmul(x, y)
+            self._wait()
+
+        return rate_of(product, 2.0 * m * k * n)
 
     def _wait(self) -> None:
         if self.gpu:

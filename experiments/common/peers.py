@@ -7,7 +7,8 @@ and answers each with one line of JSON; a failure is `{"error": "..."}`, and end
 - `steps N`, `evals N`: so many training steps, forward passes; seconds and the last loss;
 - `generate`: seconds and new tokens;
 - `memory`: MiB at the peak of a step;
-- `profile`, `rate`: this library's side alone, where a step's time goes, and the device's rate.
+- `rate M K N`: flops a second of a product of matrices of these sizes;
+- `profile`: this library's side alone, where a step's time goes.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 from experiments.common.runtime import malloc_environment
 
 Job = dict[str, Any]
 OURS, EAGER, COMPILED = "jpeft", "peft", "peft_compiled"
+RATE_ROUNDS = 20
 # What a user can do something about: told without a traceback.
 _TOLD = (ImportError, OSError, ValueError, RuntimeError)
 
@@ -58,6 +62,10 @@ class Side(Protocol):
 
     def memory(self, base: float) -> dict[str, float | None]:
         """The peak of a step, above `base` MiB."""
+        ...
+
+    def rate(self, m: int, k: int, n: int) -> float:
+        """Flops a second of `(m, k)` by `(k, n)`, random and of the job's precision."""
         ...
 
 
@@ -131,6 +139,19 @@ def environment(device: str, threads: int, tuned: bool) -> dict[str, str]:
     return own
 
 
+def rate_of(product: Callable[[], object], flops: float) -> float:
+    """Flops a second of `product`, which ends when it is done: the median of `RATE_ROUNDS`, as a
+    step's products meet the machine, not the best that it can do.
+    """
+    product()
+    seconds: list[float] = []
+    for _ in range(RATE_ROUNDS):
+        start = time.perf_counter()
+        product()
+        seconds.append(time.perf_counter() - start)
+    return flops / statistics.median(seconds)
+
+
 def made(side: str, job: Job) -> Side:
     """A side, its libraries imported and its device there."""
     if side == OURS:
@@ -169,9 +190,8 @@ class Served:
         if word == "profile":
             return {"ms": self.side.profile()}
         if word == "rate":
-            from experiments.common.peer_ours import matrix_rate
-
-            return {"flops_per_second": matrix_rate()}
+            m, k, n = map(int, numbers)
+            return {"flops_per_second": self.side.rate(m, k, n)}
         raise ValueError(f"there is no command '{command}'")
 
     def _start(self) -> dict[str, Any]:

@@ -115,17 +115,21 @@ class Trainer:
     outputs: Callable[[Any, Any, Any], Any] = dataclasses.field(init=False)
     _base: jpeft.Frozen = dataclasses.field(init=False)
     _start: Any = dataclasses.field(init=False)
+    _uses: Any = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
+        put("_uses", self.probe())
         zero, options = self.scale.zero(), compiler_options()
         leaves = jax.tree.leaves(self.params)
         # One made anew of another's parameters, to look at a trained state, has no start.
         whole = not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
         start = self.first(self.params) if whole else None
-        shapes = jax.eval_shape(self.first, self.params)
+        # Where there is a start it is not traced a second time.
+        first, of = (lambda x: x, start) if whole else (self.first, self.params)
+        shapes = jax.eval_shape(first, of)
         base = jpeft.frozen(self.transform, self.scale.narrowed(self.params), shapes)
         axes, arrays = self.axes, base.arrays
         if zero is not None:
@@ -155,7 +159,7 @@ class Trainer:
 
     def first(self, params: Any) -> Any:
         """What is trained, at the start."""
-        uses = self.uses()
+        uses = self._uses
 
         @jax.jit  # one program, and not one for every array
         def made(key: PRNGKeyArray, params: Any) -> Any:
@@ -170,6 +174,10 @@ class Trainer:
 
     def uses(self) -> Any:
         """How the model reads its parameters."""
+        return self._uses
+
+    def probe(self) -> Any:
+        """The same, looked up in the model."""
         return jpeft.uses(self.apply, self.params, *[jnp.zeros((1, 8), jnp.int32)] * 3)
 
     def loss(self, rewritten: Any, batch: Any, key: Any) -> Any:

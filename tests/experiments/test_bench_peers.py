@@ -13,7 +13,7 @@ from experiments import bench_peers
 from experiments.common import peer_cases, peer_measure, peer_model, peer_shown, trace
 from experiments.common.models import ModelError
 from experiments.common.peer_cases import Case, Generation, preset, product
-from experiments.common.peer_flops import forward_flops, products, step_flops
+from experiments.common.peer_flops import forward_flops, products, rate_sizes, step_flops
 from experiments.common.peer_measure import Row, agree, ratios, speed_of
 from experiments.common.peers import DisagreementError, PeerError, environment
 from jpeft.hf import save_model
@@ -101,6 +101,7 @@ def test_decoders_agree_and_generate(decoders, name, method):
     profile = both["jpeft"].profile(steps=2)
     assert set(profile) == set(trace.KINDS)
     assert profile["matrix products"] > 0
+    assert all(side.rate(8, 4, 6) > 0 for side in both.values())
 
 
 @pytest.mark.interop
@@ -124,6 +125,11 @@ def test_the_whole_command(bert, tmp_path):
     assert all(s > 0 for parts in saved["start"].values() for s in parts.values())
     assert saved["eval"]["tokens_per_second"]["peft"] > 0
     assert saved["program_mib"] > 0
+    assert saved["matrix_flops_per_second"] == max(saved["matrix_rates"].values())
+    for side, mfu in saved["mfu"].items():
+        speed = saved["tokens_per_second"][side]
+        wanted = speed * saved["flops_per_token"]
+        assert mfu * saved["matrix_flops_per_second"] == pytest.approx(wanted)
     with pytest.raises(ValueError, match="--overwrite"):
         bench_peers.main(config, Console(quiet=True))
 
@@ -265,13 +271,24 @@ def test_flops_by_method(bert, decoders):
     assert forward_flops(p, 8) == forward
     assert step_flops(p, "full", 8) == 3 * forward
     attention = 2 * 4 * 8 * d
-    lora = 2 * (forward - attention) + 3 * attention + 3 * 2 * 2 * (2 * 8 * 2 * d)
+    # The first layer's q, k and v are frozen but for what LoRA adds, and so is what they read.
+    frozen = 2 * (forward - attention) + 3 * attention - 2 * 3 * d * d
+    lora = frozen + 3 * 2 * 2 * (2 * 8 * 2 * d)
     assert step_flops(p, "lora", 8) == lora
+    adapters = 3 * 2 * 2 * (4 * peer_cases.BOTTLENECK * d)
+    before = 2 * d * d + 2 * 4 * 8 * d  # of the first adapter: attention and its product
+    assert step_flops(p, "adapter", 8) == frozen - before + adapters
     assert step_flops(p, "lora_all", 8) == step_flops(p, "qlora", 8) > lora
     llama = products(decoders / "llama")
     assert llama.head == (16, 40)
     assert llama.linear[1] == (16, 8)
     assert products(decoders / "gpt2").some == ((16, 48),)
+
+
+def test_the_product_whose_rate_is_taken(bert):
+    widest = (SHAPE["hidden_size"], SHAPE["intermediate_size"])
+    assert rate_sizes(products(bert), 24, "cpu") == (24, *widest)
+    assert rate_sizes(products(bert), 24, "gpu") == (8192, 8192, 8192)
 
 
 def test_the_environment_of_a_side(monkeypatch):
