@@ -17,13 +17,14 @@ def peers() -> str:
             f"{row['tokens_per_second']['jpeft']:,.0f}",
             f"{row['tokens_per_second']['peft']:,.0f}",
             f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
+            f"{1 / row['mfu']['peft']:.2f}",
             f"{row['eval']['ratio']:.2f}",
             f"{row['memory_ratio']:.2f}",
         ]
         for row in r["rows"]
     ]
-    header = ["row", "jpeft, tokens/s", "HF PEFT, tokens/s", "ratio", "evaluation", "memory"]
-    return markdown(header, rows) + f"\n\n{source(r)}."
+    header = ["row", "jpeft, tokens/s", "HF PEFT, tokens/s", "ratio", "products", "evaluation"]
+    return markdown([*header, "memory"], rows) + f"\n\n{source(r)}."
 
 
 def peers_gpu() -> str:
