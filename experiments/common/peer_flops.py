@@ -78,13 +78,17 @@ def forward_flops(p: Products, length: int) -> float:
     return p.layers * layer + head
 
 
-def step_flops(p: Products, method: Method, length: int, rank: int = RANK) -> float:
+def step_flops(
+    p: Products, method: Method, length: int, rank: int = RANK, alike: bool = False
+) -> float:
     """Of one token's part of a training step: forward, and the gradients that the method needs.
 
     A product with a trained matrix is made three times, with a frozen one twice: its own gradient
     is not taken. Attention has no matrix of its own: both of what it multiplies need theirs. Nor is
     a gradient taken that reaches nothing trained: in the first layer, of what is before the first
     array of the method.
+
+    **Arguments:** `alike`, count the first layer as the others, as a loop over layers computes it.
     """
     attention = 4.0 * (length + (PREFIX if method == "prefix" else 0)) * p.heads * p.layers
     matrices = forward_flops(p, length) - 4.0 * length * p.heads * p.layers
@@ -96,8 +100,8 @@ def step_flops(p: Products, method: Method, length: int, rank: int = RANK) -> fl
         added = p.layers * sum(4.0 * BOTTLENECK * width for width in p.out)
     if method == "full":
         return 3.0 * (matrices + attention)
-    unused = sum(2.0 * a * b for a, b in p.linear[: p.read])
-    if method == "adapter":  # the first stands after attention and its product
+    unused = 0.0 if alike else sum(2.0 * a * b for a, b in p.linear[: p.read])
+    if method == "adapter" and not alike:  # the first stands after attention and its product
         a, b = p.linear[p.read]
         unused += 2.0 * a * b + 2.0 * attention / p.layers
     return 2.0 * matrices - unused + 3.0 * (attention + added)

@@ -275,6 +275,7 @@ def test_flops_by_method(bert, decoders):
     frozen = 2 * (forward - attention) + 3 * attention - 2 * 3 * d * d
     lora = frozen + 3 * 2 * 2 * (2 * 8 * 2 * d)
     assert step_flops(p, "lora", 8) == lora
+    assert step_flops(p, "lora", 8, alike=True) == lora + 2 * 3 * d * d
     adapters = 3 * 2 * 2 * (4 * peer_cases.BOTTLENECK * d)
     before = 2 * d * d + 2 * 4 * 8 * d  # of the first adapter: attention and its product
     assert step_flops(p, "adapter", 8) == frozen - before + adapters
