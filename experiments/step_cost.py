@@ -158,7 +158,8 @@ def prepared(config: Config) -> tuple[Callable[[], None], float]:
         path = pathlib.Path(folder)
         (path / "config.json").write_text(json.dumps(shape(config)))
         planned = plan(case(config, folder), make_mesh({"fsdp": 1}, jax.local_devices()[:1]))
-        token = step_flops(products(path), config.method, config.sequence, config.rank, True)
+        how = config.method, config.sequence, config.rank
+        token = step_flops(products(path), *how, alike=True)
     params = random_params(
         jax.random.key(0), planned.dense, LAYOUTS[Llama].linear, None, planned.uses
     )

@@ -127,9 +127,10 @@ class Trainer:
         # One made anew of another's parameters, to look at a trained state, has no start.
         whole = not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
         start = self.first(self.params) if whole else None
-        # Where there is a start it is not traced a second time.
-        first, of = (lambda x: x, start) if whole else (self.first, self.params)
-        shapes = jax.eval_shape(first, of)
+        if start is None:
+            shapes = jax.eval_shape(self.first, self.params)
+        else:  # its shapes are known: the method is not traced a second time
+            shapes = jax.eval_shape(lambda: start)
         base = jpeft.frozen(self.transform, self.scale.narrowed(self.params), shapes)
         axes, arrays = self.axes, base.arrays
         if zero is not None:

@@ -120,17 +120,24 @@ VARIANTS |= {"lora over ia3", "ia3 over lora", "lora twice", "adapter over lora"
 VARIANTS |= {"the last layer", "said and a head", "prompt, prefix and lora"}
 
 
-# What `lift` does to a call does not depend on how the model is written, so that transformations of
-# it and tasks are tried on scanned layers, and on modules that see one example.
+# What `lift` does to a call hardly depends on how the model is written: transformations of it and
+# tasks are tried with every method on scanned layers and on modules that see one example, and on
+# every model with one method of each kind of leaf.
 WHOLE = ("scanned", "equinox")
+KINDS = ("lora", "adapter", "prefix", "prompt", "did")
 
 
-def cases(models):
+def is_whole(name, model):
+    return model in WHOLE or name in KINDS
+
+
+def cases(chosen=lambda name, model: True):
     """Every method on every model; a worker keeps the programs of its own pairs."""
     for name in METHODS:
-        for model in models if name not in VARIANTS else ("scanned",):
-            group = pytest.mark.xdist_group(f"{name} on {model}")
-            yield pytest.param(name, model, marks=group, id=f"{name}-{model}")
+        for model in zoo.MAKERS if name not in VARIANTS else ("scanned",):
+            if chosen(name, model):
+                group = pytest.mark.xdist_group(f"{name} on {model}")
+                yield pytest.param(name, model, marks=group, id=f"{name}-{model}")
 
 
 def check_close(a, b, tolerance=1e-5):
@@ -138,8 +145,8 @@ def check_close(a, b, tolerance=1e-5):
         np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance)
 
 
-each = pytest.mark.parametrize(("name", "model"), list(cases(zoo.MAKERS)))
-each_whole = pytest.mark.parametrize(("name", "model"), list(cases(WHOLE)))
+each = pytest.mark.parametrize(("name", "model"), list(cases()))
+each_whole = pytest.mark.parametrize(("name", "model"), list(cases(is_whole)))
 
 
 def in_jit(apply):
@@ -179,7 +186,7 @@ def mapped(run, by_name):
 @functools.cache
 def found(name, model):
     """All that the tests of a method on a model look at, by one compiled program."""
-    whole = model in WHOLE
+    whole = is_whole(name, model)
     method, model = METHODS[name], make(model)
     transform, forward, ids = method.transform, jpeft.lift(model.apply), inputs(method)
     states = {"start": started(method, model), "moved": trained(method, model)}

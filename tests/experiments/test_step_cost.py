@@ -50,7 +50,7 @@ def test_the_count_is_the_models(tmp_path):
     p = products(tmp_path)
     layer = 2 * (4 * 64 * 64 + 3 * 64 * 176)
     assert step_flops(p, "full", 16) == 3 * (layer + 4 * 16 * 64 + 2 * 64 * 64)
-    more = step_flops(p, "lora", 16, 4, True) - step_flops(p, "lora", 16, 2, True)
+    more = step_flops(p, "lora", 16, 4) - step_flops(p, "lora", 16, 2)
     assert more == 3 * 2 * 2 * 2 * (64 + 64)  # two more ranks of two matrices
 
 

@@ -346,7 +346,7 @@ def test_every_option_that_transformers_writes_is_known(kind):
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(kind).to_dict()
     read = BertConfig if kind in ("bert", "roberta") else KINDS[kind].config
-    read.from_hf(config)
+    assert read.from_hf(config).vocab_size == config["vocab_size"]
 
 
 def test_every_family_has_a_model():
