@@ -212,11 +212,12 @@ def _timed(
         tokens, turns = case.batch * case.length, _Turns(workers, options, notes)
         tell("training")
         train = turns.speed("steps", tokens)
-        size = " ".join(map(str, rate_sizes(p, tokens, options.device)))
-        rates = {side: workers[side].ask(f"rate {size}") for side in (OURS, EAGER)}
         memory: dict[str, Any] = {}
         if options.device == "gpu":  # its allocator tells; a host's needs a process of its own
             memory = {side: workers[side].ask("memory") for side in (OURS, EAGER)}
+        # Near the steps in time, but not in the peak that was asked for.
+        size = " ".join(map(str, rate_sizes(p, tokens, options.device)))
+        rates = {side: workers[side].ask(f"rate {size}") for side in (OURS, EAGER)}
         tell("evaluation")
         evaluated = turns.speed("evals", tokens)
         generated = None
