@@ -20,7 +20,7 @@ from rich.table import Table
 import jpeft
 from experiments.common import runtime
 from experiments.common.command import command
-from experiments.common.methods import RECIPES, Method, Sizes, make_room
+from experiments.common.methods import RECIPES, Method, Sizes, called_with, make_room
 from experiments.common.models import cpu_layout, fetch_model
 from experiments.common.report import describe_machine, versions, write_json
 from experiments.common.timing import ratio, timed_steps, turns
@@ -102,10 +102,21 @@ def trainer_of(config: Config, method: Method, console: Console, plain: bool = F
     apply, params = jpeft.functional(model)
     recipe, sizes = RECIPES[method], Sizes()
     first = model.config.vocab_size if method == "prompt" else 0
-    room = functools.partial(make_room, length=recipe.room(sizes), first=first)
+    length = recipe.room(sizes)
+    room = functools.partial(make_room, length=length, first=first)
     schedule = Schedule(recipe.rate, 1000)
     transform = recipe.transform(sizes)
-    return Trainer(apply, params, transform, schedule, 0, False, room, products=not plain)
+    return Trainer(
+        apply,
+        params,
+        transform,
+        schedule,
+        0,
+        False,
+        room,
+        products=not plain,
+        options=called_with(method, length),
+    )
 
 
 def batch_of(config: Config) -> dict[str, np.ndarray]:

@@ -22,7 +22,15 @@ from experiments.common import bases, runtime
 from experiments.common.command import claim, command
 from experiments.common.console import bar, result_table
 from experiments.common.logs import MetricsLog
-from experiments.common.methods import LINEAR, RECIPES, Method, PromptStart, Sizes, make_room
+from experiments.common.methods import (
+    LINEAR,
+    RECIPES,
+    Method,
+    PromptStart,
+    Sizes,
+    called_with,
+    make_room,
+)
 from experiments.common.metrics import evaluate, majority
 from experiments.common.models import cpu_layout, fetch_model
 from experiments.common.numbers import Optimiser, Precision, Quantised, Stage
@@ -214,9 +222,10 @@ def trainer_of(config: Config, model: Any, prepared: Prepared, seed: int, steps:
 
     apply, params = jpeft.functional(model)
     params = bases.in_format(params, LINEAR, config.quantize, _uses(apply, params))
+    length = RECIPES[config.method].room(config.sizes)
     room = functools.partial(
         make_room,
-        length=RECIPES[config.method].room(config.sizes),
+        length=length,
         first=prepared.vocabulary if config.method == "prompt" else prepared.pad,
     )
     schedule = config.schedule(steps, model.config.hidden_size)
@@ -230,6 +239,7 @@ def trainer_of(config: Config, model: Any, prepared: Prepared, seed: int, steps:
         room,
         scale_of(config),
         axes_of(model),
+        options=called_with(config.method, length),
     )
 
 

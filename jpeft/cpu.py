@@ -20,7 +20,7 @@ from jpeft.rescale import Scaled
 from jpeft.transform import Params
 
 # What leaves a matrix one, however it is laid out.
-ARRANGED = IN_PLACE | {"transpose", "reshape", "squeeze"}
+ARRANGED = IN_PLACE | {"transpose", "reshape", "squeeze", "slice", "dynamic_slice"}
 # What a result that is worth keeping is known by, to `jpeft.models.layers.keep_products`.
 KEPT = "jpeft_kept"
 

@@ -143,3 +143,10 @@ def make_room(batch: Mapping[str, Any], length: int, first: int) -> dict[str, An
     mask = jnp.asarray(batch["attention_mask"])
     gap = jnp.zeros((mask.shape[0], length), mask.dtype)
     return longer | {"pooling_mask": jnp.concatenate([mask[:, :1], gap, mask[:, 1:]], axis=1)}
+
+
+def called_with(method: Method, length: int) -> dict[str, Any]:
+    """What else the model is called with on such batches: a prefix's positions have keys and values
+    alone, a prompt's are tokens as any others.
+    """
+    return {"idle": (1, 1 + length)} if method == "prefix" else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 
 from experiments.common.peer_cases import BOTTLENECK, ENCODERS, PREFIX, RANK, Method
 
@@ -21,18 +22,20 @@ class Products:
 
     **Attributes:** `layers`, how many; `linear`, inputs and outputs of each linear layer of one;
     `read`, how many of them, the first ones, read the layer's input: what makes query, key and
-    value; `some`, those of query and value (GPT-2: of the fused one); `out`, widths that adapters
-    stand after; `heads`, the width of all query heads; `head`, inputs and outputs for every token,
-    or None for a classifier's, which reads one token a row.
+    value; `some`, which of them make query and value (GPT-2: the fused one); `out`, which ones
+    adapters stand after; `heads`, the width of all query heads; `head`, inputs and outputs for
+    every token, or None for a classifier, which reads one token a row; `last`, which ones a
+    classifier's last layer needs of every token: those of keys and values.
     """
 
     layers: int
     linear: tuple[tuple[int, int], ...]
     read: int
-    some: tuple[tuple[int, int], ...]
+    some: tuple[int, ...]
     out: tuple[int, int]
     heads: int
     head: tuple[int, int] | None
+    last: tuple[int, ...] = ()
 
 
 def products(folder: pathlib.Path) -> Products:
@@ -47,19 +50,17 @@ def products(folder: pathlib.Path) -> Products:
         c = BertConfig.from_hf(raw)
         d, f = c.hidden_size, c.intermediate_size
         linear = (*[(d, d)] * 4, (d, f), (f, d))
-        return Products(c.num_hidden_layers, linear, 3, ((d, d),) * 2, (d, d), d, None)
+        return Products(c.num_hidden_layers, linear, 3, (0, 2), (3, 5), d, None, (1, 2))
     if raw["model_type"] == "gpt2":
         g = Gpt2Config.from_hf(raw)
         d, f = g.n_embd, g.inner
-        fused = (d, 3 * d)
-        linear = (fused, (d, d), (d, f), (f, d))
-        return Products(g.n_layer, linear, 1, (fused,), (d, d), d, (d, g.vocab_size))
+        linear = ((d, 3 * d), (d, d), (d, f), (f, d))
+        return Products(g.n_layer, linear, 1, (0,), (1, 3), d, (d, g.vocab_size))
     m = LlamaConfig.from_hf(raw)
     d, f = m.hidden_size, m.intermediate_size
     q, kv = m.num_attention_heads * m.width, m.kv_heads * m.width
     linear = ((d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d))
-    some = ((d, q), (d, kv))
-    return Products(m.num_hidden_layers, linear, 3, some, (d, d), q, (d, m.vocab_size))
+    return Products(m.num_hidden_layers, linear, 3, (0, 2), (3, 6), q, (d, m.vocab_size))
 
 
 def rate_sizes(p: Products, tokens: int, device: str) -> tuple[int, int, int]:
@@ -72,10 +73,21 @@ def rate_sizes(p: Products, tokens: int, device: str) -> tuple[int, int, int]:
 
 
 def forward_flops(p: Products, length: int) -> float:
-    """Of one token's forward pass in a row of so many, without a method."""
-    layer = sum(2.0 * a * b for a, b in p.linear) + 4.0 * length * p.heads
+    """Of one token's part of the forward pass of a row of so many, without a method."""
     head = 2.0 * p.head[0] * p.head[1] if p.head else 0.0
-    return p.layers * layer + head
+    return _linear(p, length, range(len(p.linear))) + _attention(p, length, length) + head
+
+
+def _linear(p: Products, length: int, which: Iterable[int]) -> float:
+    """Of one token in these linear layers of every layer: of the last one's by its share."""
+    of = {i: 2.0 * p.linear[i][0] * p.linear[i][1] for i in which}
+    last = {i: x if p.head or i in p.last else x / length for i, x in of.items()}
+    return (p.layers - 1) * sum(of.values()) + sum(last.values())
+
+
+def _attention(p: Products, length: int, keys: int) -> float:
+    """Of one token in a row of so many, which has so many keys."""
+    return 4.0 * keys * p.heads * (p.layers if p.head else p.layers - 1 + 1 / length)
 
 
 def step_flops(
@@ -86,22 +98,25 @@ def step_flops(
     A product with a trained matrix is made three times, with a frozen one twice: its own gradient
     is not taken. Attention has no matrix of its own: both of what it multiplies need theirs. Nor is
     a gradient taken that reaches nothing trained: in the first layer, of what is before the first
-    array of the method.
+    array of the method. In the last layer of a classifier one token a row is worked on.
 
     **Arguments:** `alike`, count the first layer as the others, as a loop over layers computes it.
     """
-    attention = 4.0 * (length + (PREFIX if method == "prefix" else 0)) * p.heads * p.layers
-    matrices = forward_flops(p, length) - 4.0 * length * p.heads * p.layers
-    added = 0.0
-    if method in ("lora", "lora_all", "qlora"):
-        chosen = p.some if method == "lora" else p.linear
-        added = p.layers * sum(2.0 * rank * (a + b) for a, b in chosen)
-    elif method == "adapter":
-        added = p.layers * sum(4.0 * BOTTLENECK * width for width in p.out)
+    attention = _attention(p, length, length + (PREFIX if method == "prefix" else 0))
+    matrices = forward_flops(p, length) - _attention(p, length, length)
     if method == "full":
         return 3.0 * (matrices + attention)
+    added = 0.0
+    if method in ("lora", "lora_all", "qlora"):
+        chosen = p.some if method == "lora" else range(len(p.linear))
+        added = sum(
+            _linear(p, length, [i]) * rank * (1 / p.linear[i][0] + 1 / p.linear[i][1])
+            for i in chosen
+        )
+    elif method == "adapter":
+        added = sum(_linear(p, length, [i]) * 2 * BOTTLENECK / p.linear[i][0] for i in p.out)
     unused = 0.0 if alike else sum(2.0 * a * b for a, b in p.linear[: p.read])
     if method == "adapter" and not alike:  # the first stands after attention and its product
         a, b = p.linear[p.read]
-        unused += 2.0 * a * b + 2.0 * attention / p.layers
+        unused += 2.0 * a * b + 8.0 * length * p.heads
     return 2.0 * matrices - unused + 3.0 * (attention + added)

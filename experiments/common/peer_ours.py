@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from typing import Any
 
@@ -25,24 +26,6 @@ from jpeft.hf import load_model, load_sequence_classifier
 from jpeft.hf.files import read_config
 
 
-class PastPrefix(nnx.Module):
-    """A classifier that reads its first real token, after `first` virtual ones.
-
-    peft puts a prefix before the first token, and not after it as `experiments.common.methods`.
-    """
-
-    def __init__(self, model: Any, first: int) -> None:
-        self.model, self.first = model, first
-
-    def __call__(self, *inputs: Any) -> Any:
-        """The logits, fp32."""
-        hidden = self.model.encoder(*inputs)[:, self.first]
-        if self.model.config.model_type == "bert":
-            hidden = self.model.encoder.pooler(hidden)
-            return self.model.classifier(hidden.astype(jnp.float32))
-        return self.model.classifier(hidden.astype(jnp.float32), None)
-
-
 def transform_of(method: str, model: Any, encoder: bool) -> jpeft.Transform:
     """The method on a model, with a classifier's head trained too."""
     if method == "full":
@@ -59,8 +42,7 @@ def transform_of(method: str, model: Any, encoder: bool) -> jpeft.Transform:
         made = jpeft.PrefixTuning(PREFIX, kv)
     else:
         made = jpeft.LoRA(RANK, ALPHA, some if method == "lora" else every)
-    head = jpeft.Train(r"(^|model/)classifier/") if method == "prefix" else HEAD
-    return jpeft.chain(head, made) if encoder else made
+    return jpeft.chain(HEAD, made) if encoder else made
 
 
 class Ours:
@@ -83,8 +65,9 @@ class Ours:
         vocabulary = model.config.vocab_size
         # Its shapes alone: where everything is trained its own arrays are not needed again.
         self.module: Any = nnx.eval_shape(lambda: model)
-        if self.encoder and job["method"] == "prefix":
-            model = PastPrefix(model, PREFIX)
+        # The prefix stands before the first token, as peft has it, in keys and values alone.
+        beside = self.encoder and job["method"] == "prefix"
+        self.options: dict[str, Any] = {"idle": (0, PREFIX)} if beside else {}
         self.apply, params = jpeft.functional(model)
         self.batch = self._inputs(batch_of(kind, vocabulary, job["batch"], job["length"]))
         self.transform = transform_of(job["method"], model, self.encoder)
@@ -95,7 +78,10 @@ class Ours:
             state = jax.tree_util.tree_map_with_path(_zero_prefix, state)
         if job["method"] == "full" and job["precision"] == "bf16":
             state = jpeft.cast(state, jnp.bfloat16)
+        # Straight-line layers: see `_model`.
         self.base = jpeft.frozen(self.transform, params, state)
+        if "unroll" in self.layout:
+            self.base = self.base.by_layer(uses)
         optimiser = optax.adamw(1e-4, weight_decay=0.01)
 
         def step(state: Any, moments: Any, frozen: Any, batch: Any) -> Any:
@@ -117,7 +103,8 @@ class Ours:
         kind = str(read_config(folder)["model_type"])
         dtype = jnp.dtype("float32" if job["precision"] == "fp32" else "bfloat16")
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
-        options |= cpu_layout(kind in ENCODERS)
+        self.layout = cpu_layout(kind in ENCODERS, long=job["method"] != "full")
+        options |= self.layout
         if job["remat"]:
             options["remat"] = True
         if kind in ENCODERS:
@@ -154,7 +141,7 @@ class Ours:
             rewritten = jpeft.cpu_products(rewritten, params)
         forward, inputs = jpeft.lift(self.apply), self._arguments(batch)
         if self.encoder:
-            logits = forward(rewritten, *inputs)
+            logits = forward(rewritten, *inputs, **self.options)
             each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
             return each.mean()
         total, count = forward(rewritten, *inputs, labels=batch["labels"])
@@ -172,7 +159,7 @@ class Ours:
 
     def generate(self) -> int:
         """Greedy tokens after the prompts; how many are new."""
-        params, new = self.base.params(self.base.arrays), self.job["generation"]["new"]
+        params, new = self.whole, self.job["generation"]["new"]
         ids, mask = self.prompt["input_ids"], self.prompt.get("attention_mask")
         cache = self.module.empty_cache(ids.shape[0], ids.shape[1] + new)
         out = jpeft.generate(
@@ -185,6 +172,11 @@ class Ours:
             decode_params=self.transform.decoding().rewrite(params, self.held[0]),
         )
         return int(np.asarray(out.lengths).sum())
+
+    @functools.cached_property
+    def whole(self) -> Any:
+        """The parameters, for what is not a step."""
+        return self.base.params(self.base.arrays)
 
     def memory(self, base: float) -> dict[str, float | None]:
         """`peak_mib` of a step: above `base`, or the most of a device's so far, loading counted;

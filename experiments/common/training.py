@@ -93,7 +93,8 @@ class Trainer:
     **Arguments:** `apply`, `params`, `transform`, as the library has them; `dropout`, whether the
     model's and the method's dropout are on in training; `room`, what a batch becomes for a method
     that has virtual tokens; `scale`, devices and numbers; `axes`, names of the axes of `params`;
-    `products`, whether on a CPU it multiplies by `jpeft.cpu_products`.
+    `products`, whether on a CPU it multiplies by `jpeft.cpu_products`; `options`, what else the
+    model is called with.
 
     **Attributes:** `params`, with a shape in place of each array that nothing reads, since a copy
     of it is trained; `frozen`, the arrays that are read, by path, where the stage has them, in what
@@ -110,6 +111,7 @@ class Trainer:
     scale: Scale = Scale()
     axes: Axes | None = None
     products: bool = True
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     frozen: dict[str, Any] = dataclasses.field(init=False)
     step: Step = dataclasses.field(init=False)
     outputs: Callable[[Any, Any, Any], Any] = dataclasses.field(init=False)
@@ -216,9 +218,9 @@ class Trainer:
     def forward(self, rewritten: Any, batch: Any, key: Any) -> Any:
         """The model's outputs on a batch; `key` switches its dropout on."""
         batch = self.room(batch)
-        pooling = {k: batch[k] for k in ("pooling_mask",) if k in batch}
+        more = {k: batch[k] for k in ("pooling_mask",) if k in batch} | dict(self.options)
         inputs = [batch[k] for k in INPUTS]
-        return jpeft.lift(self.apply)(rewritten, *inputs, key=key, **pooling)
+        return jpeft.lift(self.apply)(rewritten, *inputs, key=key, **more)
 
     def share(self, rows: int) -> Share:
         """What this process makes of batches of so many rows. **Raises:** see `share_of`."""

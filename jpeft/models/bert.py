@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from jpeft.models.attention import attention
 from jpeft.models.bert_config import BertConfig as BertConfig
@@ -19,6 +19,8 @@ from jpeft.models.layers import ACTIVATIONS, Remat, dropout, rematerialised
 from jpeft.models.norms import LayerNorm
 
 Pooling = Literal["cls", "mean"]
+# The first and the last + 1 of some positions.
+Places = tuple[int, int] | None
 # The logical axes of every parameter, by a pattern of its path.
 AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"word_embeddings/embedding$", ("vocab", "embed")),
@@ -38,6 +40,20 @@ AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"classifier(/out_proj)?/kernel$", ("embed", "labels")),
     (r"classifier(/out_proj)?/bias$", ("labels",)),
 )
+
+
+def _without_idle(x: Shaped[Array, "b s ..."], idle: Places) -> Shaped[Array, "b t ..."]:
+    if idle is None:
+        return x
+    return jnp.concatenate([x[:, : idle[0]], x[:, idle[1] :]], axis=1)
+
+
+def _with_idle(x: Float[Array, "b t d"], idle: Places) -> Float[Array, "b s d"]:
+    """Zeros where a prefix stands: what is made of them, its keys and values take the place of."""
+    if idle is None:
+        return x
+    gap = jnp.zeros((x.shape[0], idle[1] - idle[0], x.shape[2]), x.dtype)
+    return jnp.concatenate([x[:, : idle[0]], gap, x[:, idle[0] :]], axis=1)
 
 
 class _Parts:
@@ -142,20 +158,27 @@ class Attention(nnx.Module):
         self.output = Output(parts, parts.config.hidden_size)
 
     def __call__(
-        self, x: Float[Array, "b t d"], keep: Array, keys: tuple[PRNGKeyArray | None, ...]
-    ) -> Float[Array, "b t d"]:
+        self,
+        x: Float[Array, "b t d"],
+        keep: Bool[Array, "b s"],
+        keys: tuple[PRNGKeyArray | None, ...],
+        at: int | None,
+        idle: Places,
+    ) -> Float[Array, "b q d"]:
         """The attention block, residual and norm included."""
+        asking = x if at is None else x[:, at : at + 1]
+        seen = _with_idle(x, idle)
         mixed = attention(
-            self.self.query(x),
-            self.self.key(x),
-            self.self.value(x),
+            self.self.query(asking),
+            self.self.key(seen),
+            self.self.value(seen),
             keep,
             heads=self.config.num_attention_heads,
             rate=self.config.attention_probs_dropout_prob,
             key=keys[0],
             rows=self.rows,
         )
-        return self.output(mixed, x, keys[1])
+        return self.output(mixed, asking, keys[1])
 
 
 class Intermediate(nnx.Module):
@@ -179,11 +202,16 @@ class Layer(nnx.Module):
         self.output = Output(parts, parts.config.intermediate_size)
 
     def __call__(
-        self, x: Float[Array, "b t d"], keep: Array, key: PRNGKeyArray | None
-    ) -> Float[Array, "b t d"]:
-        """The layer's output."""
+        self,
+        x: Float[Array, "b t d"],
+        keep: Bool[Array, "b s"],
+        key: PRNGKeyArray | None,
+        at: int | None = None,
+        idle: Places = None,
+    ) -> Float[Array, "b q d"]:
+        """The layer's output, of every position or of the one `at`; see `Bert`."""
         keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
-        x = self.attention(x, keep, keys[:2])
+        x = self.attention(x, keep, keys[:2], at, idle)
         return self.output(self.intermediate(x), x, keys[2])
 
 
@@ -203,17 +231,46 @@ class Encoder(nnx.Module):
         self.layer = stacked(parts.rngs)
 
     def __call__(
-        self, x: Float[Array, "b t d"], keep: Array, key: PRNGKeyArray | None
-    ) -> Float[Array, "b t d"]:
-        """The last layer's output."""
+        self,
+        x: Float[Array, "b t d"],
+        keep: Bool[Array, "b s"],
+        key: PRNGKeyArray | None,
+        at: int | None = None,
+        idle: Places = None,
+    ) -> Float[Array, "b q d"]:
+        """The last layer's output, of every position or of the one `at`; see `Bert`."""
         graphdef, state = nnx.split(self.layer)
         keys = None if key is None else jax.random.split(key, self.layers)
 
-        def step(x: Array, at: tuple[Any, Any]) -> tuple[Array, None]:
-            return nnx.merge(graphdef, at[0])(x, keep, at[1]), None
+        def step(x: Array, own: tuple[Any, Any]) -> tuple[Array, None]:
+            return nnx.merge(graphdef, own[0])(x, keep, own[1], idle=idle), None
 
-        body = rematerialised(step, self.remat)
-        return jax.lax.scan(body, x, (state, keys), unroll=self.unroll)[0]
+        if at is None:
+            body = rematerialised(step, self.remat)
+            return jax.lax.scan(body, x, (state, keys), unroll=self.unroll)[0]
+
+        # The last layer by itself, for one position. A loop finds its layers in the whole stack: of
+        # all but the last there would have to be a copy.
+        def layer(i: Any) -> tuple[Any, Any]:
+            return jax.tree.map(
+                lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), (state, keys)
+            )
+
+        def numbered(x: Array, i: Array) -> tuple[Array, None]:
+            return step(x, layer(i))
+
+        def last(x: Array, own: tuple[Any, Any]) -> Array:
+            return nnx.merge(graphdef, own[0])(x, keep, own[1], at, idle)
+
+        n = self.layers - 1
+        if self.unroll >= n:
+            body = rematerialised(step, self.remat)
+            for i in range(n):
+                x, _ = body(x, layer(i))
+        else:
+            body = rematerialised(numbered, self.remat)
+            x, _ = jax.lax.scan(body, x, jnp.arange(n), unroll=self.unroll)
+        return rematerialised(last, self.remat)(x, layer(n))
 
 
 class Pooler(nnx.Module):
@@ -261,26 +318,40 @@ class Bert(nnx.Module):
         attention_mask: Int[Array, "b t"] | None = None,
         token_type_ids: Int[Array, "b t"] | None = None,
         *,
+        at: int | None = None,
+        idle: Places = None,
         key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "b t d"]:
-        """The last hidden state.
+    ) -> Float[Array, "b q d"]:
+        """The last hidden state, of every position.
 
-        **Arguments:** `attention_mask`, 1 at tokens and 0 at padding; all ones when left out.
-        `key` switches dropout on.
+        **Arguments:**
 
-        **Raises:** `ValueError` for an input longer than the table of positions.
+        - `attention_mask`: 1 at tokens and 0 at padding; all ones when left out.
+        - `at`: the one position that is wanted. `q` is 1 then: the last layer works on no other.
+        - `idle`: the first and the last + 1 of positions that have keys and values alone, those of
+          a `jpeft.PrefixTuning`, whose hidden states nobody reads: they are not worked out, and the
+          result, and `at`, know only of the others.
+        - `key`: switches dropout on.
+
+        **Raises:** `ValueError` for an input longer than the table of positions, and for an `at` or
+        an `idle` that is not within the input.
         """
         limit = self.config.longest
         if input_ids.shape[1] > limit:
             raise ValueError(f"the input has {input_ids.shape[1]} tokens, the model reads {limit}")
+        start, stop = idle or (0, 0)
+        if not 0 <= start <= stop <= input_ids.shape[1]:
+            raise ValueError(f"idle={idle}: the input has positions 0 to {input_ids.shape[1]}")
+        if at is not None and not 0 <= at < input_ids.shape[1] - (stop - start):
+            raise ValueError(f"at={at}: there are {input_ids.shape[1] - (stop - start)} positions")
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
         if token_type_ids is None:
             # Looked up once: the gradients of all tokens would be added to one row, one by one.
             token_type_ids = jnp.zeros((1, 1), input_ids.dtype)
         first, rest = (None, None) if key is None else jax.random.split(key)
-        x = self.embeddings(input_ids, token_type_ids, first)
-        return self.encoder(x, attention_mask.astype(bool), rest)
+        x = _without_idle(self.embeddings(input_ids, token_type_ids, first), idle)
+        return self.encoder(x, attention_mask.astype(bool), rest, at, idle)
 
 
 class RobertaHead(nnx.Module):
@@ -353,21 +424,24 @@ class BertForSequenceClassification(nnx.Module):
         token_type_ids: Int[Array, "b t"] | None = None,
         *,
         pooling_mask: Int[Array, "b t"] | None = None,
+        idle: Places = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "b d"]:
         """What the classifier reads, before its dropout, in fp32.
 
         **Arguments:** `pooling_mask`, the positions that mean pooling averages, where they are not
-        those of `attention_mask`.
+        those of `attention_mask`; `idle`, see `Bert`: the first token is the first of the others.
         """
-        hidden = self.encoder(input_ids, attention_mask, token_type_ids, key=key)
+        at = 0 if self.pooling == "cls" else None
+        inputs = (input_ids, attention_mask, token_type_ids)
+        hidden = self.encoder(*inputs, at=at, idle=idle, key=key)
         if self.pooling == "cls":
             first = hidden[:, 0]
             pooled = self.encoder.pooler(first) if self.config.model_type == "bert" else first
             return pooled.astype(jnp.float32)
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
-        kept = attention_mask if pooling_mask is None else pooling_mask
+        kept = _without_idle(attention_mask if pooling_mask is None else pooling_mask, idle)
         weight = kept.astype(jnp.float32)[..., None]
         total = jnp.sum(hidden.astype(jnp.float32) * weight, axis=1)
         return total / jnp.maximum(jnp.sum(weight, axis=1), 1)
@@ -379,12 +453,13 @@ class BertForSequenceClassification(nnx.Module):
         token_type_ids: Int[Array, "b t"] | None = None,
         *,
         pooling_mask: Int[Array, "b t"] | None = None,
+        idle: Places = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "b c"]:
         """The logits (fp32), or the prediction of a regression; `key` switches dropout on."""
         first, rest = (None, None) if key is None else jax.random.split(key)
         inputs = (input_ids, attention_mask, token_type_ids)
-        x = self.features(*inputs, pooling_mask=pooling_mask, key=first)
+        x = self.features(*inputs, pooling_mask=pooling_mask, idle=idle, key=first)
         if isinstance(self.classifier, RobertaHead):
             return self.classifier(x, rest)
         return self.classifier(dropout(x, self.config.head_dropout, rest))

@@ -266,24 +266,29 @@ def test_disagreement_is_an_error():
 
 def test_flops_by_method(bert, decoders):
     p = products(bert)
-    d, f = SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    forward = 2 * (2 * (4 * d * d + 2 * d * f) + 4 * 8 * d)
-    assert forward_flops(p, 8) == forward
-    assert step_flops(p, "full", 8) == 3 * forward
-    attention = 2 * 4 * 8 * d
+    d, f, n = SHAPE["hidden_size"], SHAPE["intermediate_size"], 8
+    # Two layers, of the second's all but keys and values for one token of eight.
+    attention = 4 * n * d * (1 + 1 / n)
+    forward = 2 * (4 * d * d + 2 * d * f) + 2 * (2 + 2 / n) * d * d + 2 * 2 * d * f / n + attention
+    assert forward_flops(p, n) == pytest.approx(forward)
+    assert step_flops(p, "full", n) == pytest.approx(3 * forward)
     # The first layer's q, k and v are frozen but for what LoRA adds, and so is what they read.
     frozen = 2 * (forward - attention) + 3 * attention - 2 * 3 * d * d
-    lora = frozen + 3 * 2 * 2 * (2 * 8 * 2 * d)
-    assert step_flops(p, "lora", 8) == lora
-    assert step_flops(p, "lora", 8, alike=True) == lora + 2 * 3 * d * d
-    adapters = 3 * 2 * 2 * (4 * peer_cases.BOTTLENECK * d)
-    before = 2 * d * d + 2 * 4 * 8 * d  # of the first adapter: attention and its product
-    assert step_flops(p, "adapter", 8) == frozen - before + adapters
-    assert step_flops(p, "lora_all", 8) == step_flops(p, "qlora", 8) > lora
+    lora = frozen + 3 * (2 * 8 * 2 * d) * (1 + 1 / n + 1 + 1)
+    assert step_flops(p, "lora", n) == pytest.approx(lora)
+    assert step_flops(p, "lora", n, alike=True) == pytest.approx(lora + 2 * 3 * d * d)
+    adapters = 3 * 2 * (1 + 1 / n) * (4 * peer_cases.BOTTLENECK * d)
+    before = 2 * d * d + 2 * 4 * n * d  # of the first adapter: attention and its product
+    assert step_flops(p, "adapter", n) == pytest.approx(frozen - before + adapters)
+    assert step_flops(p, "lora_all", n) == step_flops(p, "qlora", n) > lora
     llama = products(decoders / "llama")
     assert llama.head == (16, 40)
     assert llama.linear[1] == (16, 8)
-    assert products(decoders / "gpt2").some == ((16, 48),)
+    layers, linear = llama.layers, sum(a * b for a, b in llama.linear)
+    whole = layers * (2 * linear + 4 * n * llama.heads) + 2 * 16 * 40
+    assert forward_flops(llama, n) == whole
+    gpt2 = products(decoders / "gpt2")
+    assert [gpt2.linear[i] for i in gpt2.some] == [(16, 48)]
 
 
 def test_the_product_whose_rate_is_taken(bert):

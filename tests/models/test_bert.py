@@ -169,3 +169,65 @@ def test_every_parameter_has_its_logical_axes():
         for kind in ("bert", "roberta")
     ]
     check_axes(AXES, *(jpeft.functional(m).params for m in models))
+
+
+@pytest.mark.parametrize("unroll", [1, 64])
+@pytest.mark.parametrize(("kind", "layers"), [("bert", 1), ("bert", 3), ("roberta", 2)])
+def test_one_position_is_that_of_all_and_so_are_its_gradients(kind, layers, unroll):
+    config = dataclasses.replace(tiny_config(kind), num_hidden_layers=layers)
+    ids, mask, types = batch(config)
+    apply, params = jpeft.functional(model_of(config, unroll=unroll).encoder)
+
+    def run(place, **one):
+        def loss(params):
+            out = apply(params, ids, mask, types, **one)[:, 0 if one else place]
+            return jnp.sum(jnp.tanh(out)), out
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    assert apply(params, ids, mask, types, at=3).shape == (3, 1, config.hidden_size)
+    for at in (0, 3):
+        got, want = run(at, at=at), run(at)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_prefix_beside_the_tokens_is_one_among_them(kind, pooling):
+    config = tiny_config(kind)
+    apply, params = jpeft.functional(model_of(config, pooling=pooling))
+    # As they start all logits are nearly the same.
+    params = jax.tree.map(lambda x: 10 * x, params)
+    ids, mask, types = batch(config)
+    transform = jpeft.PrefixTuning(4, r"attention/self/(key|value)/bias$", after=1, std=0.5)
+    names = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    wide = jpeft.virtual_tokens(names, length=4, first=0, after=1)
+    inputs = [wide[k] for k in names]
+    pooled = mask[:, :1], jnp.zeros((3, 4), mask.dtype), mask[:, 1:]
+    kept = {"pooling_mask": jnp.concatenate(pooled, axis=1)} if pooling == "mean" else {}
+    state = transform.init(jax.random.key(1), params, uses=jpeft.uses(apply, params, *inputs))
+
+    def run(**idle):
+        def loss(state):
+            logits = jpeft.lift(apply)(transform.rewrite(params, state), *inputs, **kept, **idle)
+            return jnp.sum(jnp.tanh(logits)), logits
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(state)
+
+    got, want = run(idle=(1, 5)), run()
+    assert float(jnp.max(jnp.abs(want[0][1] - apply(params, ids, mask, types)))) > 1e-2
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert float(jnp.max(jnp.abs(b))) > 1e-3
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_places_that_are_not_there():
+    encoder = model_of().encoder
+    ids = jnp.ones((1, 6), jnp.int32)
+    for idle in ((2, 7), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match=r"idle=.*positions 0 to 6"):
+            encoder(ids, idle=idle)
+    for at in (-1, 4):
+        with pytest.raises(ValueError, match=f"at={at}: there are 4"):
+            encoder(ids, at=at, idle=(0, 2))
