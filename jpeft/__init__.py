@@ -11,6 +11,8 @@ from jpeft.adapter import pfeiffer as pfeiffer
 from jpeft.axis_names import leaf_axes as leaf_axes
 from jpeft.axis_names import trainable_axes as trainable_axes
 from jpeft.beam import beam_search as beam_search
+from jpeft.by_layer import Layers as Layers
+from jpeft.by_layer import by_layer as by_layer
 from jpeft.config import ConfigError as ConfigError
 from jpeft.cpu import CpuProduct as CpuProduct
 from jpeft.cpu import cpu_products as cpu_products

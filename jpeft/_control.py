@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jpeft._compat import evaluate, function_name, open_jaxpr, scan_counts
-from jpeft.leaf import Call, Leaf, LeafError, Site, dense
+from jpeft.by_layer import Layers
+from jpeft.leaf import Call, Leaf, LeafError, Site, dense, layer_of
 
 # Functions of this package whose own derivative rule saves work, and changes nothing.
 SAVES_WORK = frozenset({"jpeft_next_token_loss"})
@@ -95,22 +97,48 @@ def _scan(call: Call, interpret: Interpret) -> list[Any]:
     carries = call.operands[n_consts : n_consts + n_carry]
     xs = call.operands[n_consts + n_carry :]
     kept, init = _carried(call, p["jaxpr"], n_consts, carries)
-    xs = tuple(x.scanned(p["length"]) if isinstance(x, Leaf) else x for x in xs)
-    for x in xs:
-        if isinstance(x, Leaf) and any(y.shape[:1] != (p["length"],) for y in jax.tree.leaves(x)):
-            raise LeafError(
-                f"'{x.path}' is stacked over {p['length']} layers, which {type(x).__name__} was "
-                "made without knowing: pass uses=jpeft.uses(apply, params, *inputs) to init"
-            )
+    straight = 0 < p["length"] <= p["unroll"]
+    xs = tuple(_as_stacked(x, p["length"], straight) for x in xs)
 
     def body(carry: list[Any], x: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
         outs = interpret(p["jaxpr"], [*consts, *_filled(carry, carries, kept), *x])
         return _emptied(outs[:n_carry], kept), outs[n_carry:]
 
-    final, ys = jax.lax.scan(
-        body, init, xs, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
-    )
+    if straight:
+        final, ys = _straight(body, init, xs, p["length"], p["reverse"])
+    else:
+        final, ys = jax.lax.scan(
+            body, init, xs, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+        )
     return [*_filled(final, carries, kept), *ys]
+
+
+def _as_stacked(x: Any, length: int, straight: bool) -> Any:
+    """An operand of a loop that is sliced by its steps. **Raises:** `LeafError`."""
+    if not isinstance(x, Leaf):
+        return x
+    x = x.scanned(length)
+
+    def apart(y: Any) -> bool:
+        return isinstance(y, Layers)
+
+    if any(y.shape[:1] != (length,) for y in jax.tree.leaves(x, is_leaf=apart)):
+        raise LeafError(
+            f"'{x.path}' is stacked over {length} layers, which {type(x).__name__} was "
+            "made without knowing: pass uses=jpeft.uses(apply, params, *inputs) to init"
+        )
+    return x if straight else jax.tree.map(lambda y: dense(y), x, is_leaf=apart)
+
+
+def _straight(
+    body: Callable[..., Any], carry: Any, xs: Sequence[Any], length: int, reverse: bool
+) -> tuple[Any, list[Any]]:
+    """A loop of which every step is a piece of the program: nothing of it has to be stacked."""
+    results: dict[int, list[Any]] = {}
+    for i in reversed(range(length)) if reverse else range(length):
+        carry, results[i] = body(carry, tuple(layer_of(x, i) for x in xs))
+    columns = zip(*(results[i] for i in range(length)), strict=True)
+    return carry, [jnp.stack([dense(y) for y in column]) for column in columns]
 
 
 def _while(call: Call, interpret: Interpret) -> list[Any]:

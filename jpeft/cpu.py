@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from jpeft.by_layer import Layers
 from jpeft.leaf import IN_PLACE, Call, Leaf, Weight, dense, is_leaf, register, static
 from jpeft.lowrank import LowRank
 from jpeft.paths import flatten, replace
@@ -51,6 +52,8 @@ def cpu_products(rewritten: Params, params: Params) -> Params:
     def on(path: str, x: Any) -> Any:
         if isinstance(x, LowRank):
             return CpuProduct(x, x.path)
+        if isinstance(x, Layers) and x is not before.get(path):
+            return CpuProduct(x, path)
         if isinstance(x, Scaled) and isinstance(x.base, LowRank):
             return dataclasses.replace(x, base=CpuProduct(x.base, x.path))
         if is_leaf(x) or x.ndim < 2 or x is before.get(path):
@@ -137,9 +140,10 @@ def _trained_forward(x: Any, w: Any, axis: int, precision: Any) -> Any:
 def _trained_backward(axis: int, precision: Any, saved: Any, g: Any) -> Any:
     x, w = saved
     pair = (x, g) if axis == 0 else (g, x)
-    # By itself: the compiler is not to turn it round for whatever comes after.
-    by_itself = jax.lax.optimization_barrier(_dot(*pair, (0, 0), precision))
-    return _dot(g, w, (1, 1 - axis), precision), by_itself
+    dx = _dot(g, w, (1, 1 - axis), precision)
+    # By themselves: the compiler is not to turn the gradient round for whatever comes after. Both
+    # together: an optimiser that moves the weight in place is to come after its last product.
+    return jax.lax.optimization_barrier((dx, _dot(*pair, (0, 0), precision)))
 
 
 _trained.defvjp(_trained_forward, _trained_backward)

@@ -6,21 +6,18 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jpeft._compat import is_literal, open_jaxpr
 from jpeft.leaf import Leaf
 from jpeft.paths import flatten, replace
 from jpeft.transform import Params, Trainable, Transform
-from jpeft.uses import Uses
 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
     """What of a model's parameters a training step is given beside what it trains.
 
-    **Attributes:** `arrays`, by path, those that are read, each whole or a tuple of its layers;
-    `like`, the whole tree's shapes.
+    **Attributes:** `arrays`, by path, those that are read; `like`, the whole tree's shapes.
     """
 
     arrays: dict[str, Any]
@@ -28,30 +25,7 @@ class Frozen:
 
     def params(self, arrays: dict[str, Any]) -> Params:
         """The tree for `Transform.rewrite`, with a `jax.ShapeDtypeStruct` where nothing is read."""
-        whole = {p: jnp.stack(x) if isinstance(x, tuple) else x for p, x in arrays.items()}
-        return replace(self.like, whole)
-
-    def by_layer(self, uses: Uses) -> Frozen:
-        """The same, with a tuple of its layers for each array that the model slices along axis 0.
-
-        It is for a step compiled for a CPU whose layers are straight-line code (`unroll`, as many
-        as there are). Such a program copies each layer's weights out of their stack before it
-        multiplies by them, and keeps the copies for the backward pass. Handed over apart, they are
-        multiplied where they are: of `params`, which stacks them, the compiler leaves nothing. In a
-        loop it would make the stack anew at every step. A rewritten leaf stays whole.
-
-        **Arguments:** `uses`, from `jpeft.uses`.
-        """
-
-        def on(path: str, x: Any) -> Any:
-            found = uses.get(path, ())
-            if isinstance(x, Leaf) or not found or any(use.scanned != (0,) for use in found):
-                return x
-            if isinstance(x, jax.ShapeDtypeStruct):
-                return (jax.ShapeDtypeStruct(x.shape[1:], x.dtype),) * x.shape[0]
-            return tuple(jnp.unstack(x))
-
-        return dataclasses.replace(self, arrays={p: on(p, x) for p, x in self.arrays.items()})
+        return replace(self.like, arrays)
 
 
 def frozen(transform: Transform, params: Params, trainable: Trainable) -> Frozen:

@@ -125,6 +125,15 @@ class Leaf(abc.ABC):
         del length
         return self
 
+    def layer(self, i: int) -> Any:
+        """What step `i` of a loop over the first axis reads, where the loop is straight-line code.
+
+        An array where nothing but an array is left.
+        """
+        return jax.tree.map(
+            lambda x: layer_of(x, i), self, is_leaf=lambda x: isinstance(x, Leaf) and x is not self
+        )
+
     def switched(self, on: jax.Array) -> Leaf:
         """This leaf, having no effect where the boolean `on` is false; `base` is not touched.
 
@@ -176,6 +185,13 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 def is_leaf(x: Any) -> TypeGuard[Leaf]:
     """Whether `x` is a rewritten leaf, for `jax.tree.map(..., is_leaf=jpeft.is_leaf)`."""
     return isinstance(x, Leaf)
+
+
+def layer_of(x: Any, i: int) -> Any:
+    """Element `i` of the first axis of an array or a leaf."""
+    if isinstance(x, Leaf):
+        return x.layer(i)
+    return jax.lax.index_in_dim(x, i, keepdims=False)
 
 
 def dense(x: Any) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from jpeft.leaf import Leaf
+from jpeft.leaf import Leaf, dense
 from jpeft.multitask import per_example
 from jpeft.paths import TargetError, flatten, match, replace
 from jpeft.quantized import Quantized
@@ -139,7 +139,7 @@ class Train(Transform):
             value = value.astype(leaves[path].dtype)
             if self.last is None:
                 return value
-            return jnp.concatenate([leaves[path][: -self.last], value])
+            return jnp.concatenate([leaves[path][: -self.last], dense(value)])
 
         return replace(params, {path: new(path, value) for path, value in trainable.items()})
 

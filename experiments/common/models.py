@@ -42,7 +42,7 @@ def cpu_layout(encoder: bool = True, long: bool = False) -> dict[str, Any]:
     cannot trade for something larger.
 
     **Arguments:** `long`, for many steps: an encoder's layers are straight-line code too, compiled
-    in half as much time again and some percent faster; `Frozen.by_layer` belongs to it.
+    in half as much time again and some percent faster; `jpeft.by_layer` belongs to it.
     """
     import jax
 

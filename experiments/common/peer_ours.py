@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -78,10 +78,11 @@ class Ours:
             state = jax.tree_util.tree_map_with_path(_zero_prefix, state)
         if job["method"] == "full" and job["precision"] == "bf16":
             state = jpeft.cast(state, jnp.bfloat16)
-        # Straight-line layers: see `_model`.
         self.base = jpeft.frozen(self.transform, params, state)
-        if "unroll" in self.layout:
-            self.base = self.base.by_layer(uses)
+        if "unroll" in self.layout:  # straight-line layers: see `cpu_layout`
+            arrays = jpeft.by_layer(self.base.arrays, uses)
+            self.base = dataclasses.replace(self.base, arrays=arrays)
+            state = jpeft.by_layer(state, uses) if job["method"] == "full" else state
         optimiser = optax.adamw(1e-4, weight_decay=0.01)
 
         def step(state: Any, moments: Any, frozen: Any, batch: Any) -> Any:
@@ -89,8 +90,9 @@ class Ours:
             updates, moments = optimiser.update(grads, moments, state)
             return optax.apply_updates(state, updates), moments, value
 
-        self.jitted = jax.jit(step, donate_argnums=(0, 1), compiler_options=compiler_options())
-        self.loss_alone = jax.jit(self._loss, compiler_options=compiler_options())
+        options = compiler_options(barriers="remat" in self.layout)
+        self.jitted = jax.jit(step, donate_argnums=(0, 1), compiler_options=options)
+        self.loss_alone = jax.jit(self._loss, compiler_options=options)
         self.held = (state, optimiser.init(state))
         if job["generation"] is not None:
             made = batch_of(
@@ -103,7 +105,7 @@ class Ours:
         kind = str(read_config(folder)["model_type"])
         dtype = jnp.dtype("float32" if job["precision"] == "fp32" else "bfloat16")
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
-        self.layout = cpu_layout(kind in ENCODERS, long=job["method"] != "full")
+        self.layout = cpu_layout(kind in ENCODERS, long=True)
         options |= self.layout
         if job["remat"]:
             options["remat"] = True
@@ -159,7 +161,7 @@ class Ours:
 
     def generate(self) -> int:
         """Greedy tokens after the prompts; how many are new."""
-        params, new = self.whole, self.job["generation"]["new"]
+        params, new = self.base.params(self.base.arrays), self.job["generation"]["new"]
         ids, mask = self.prompt["input_ids"], self.prompt.get("attention_mask")
         cache = self.module.empty_cache(ids.shape[0], ids.shape[1] + new)
         out = jpeft.generate(
@@ -172,11 +174,6 @@ class Ours:
             decode_params=self.transform.decoding().rewrite(params, self.held[0]),
         )
         return int(np.asarray(out.lengths).sum())
-
-    @functools.cached_property
-    def whole(self) -> Any:
-        """The parameters, for what is not a step."""
-        return self.base.params(self.base.arrays)
 
     def memory(self, base: float) -> dict[str, float | None]:
         """`peak_mib` of a step: above `base`, or the most of a device's so far, loading counted;

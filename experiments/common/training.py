@@ -79,11 +79,17 @@ def loss_of(
     return jnp.sum(each * valid) / jnp.maximum(jnp.sum(valid), 1)
 
 
-def compiler_options() -> dict[str, Any] | None:
-    """What the compiler is told: on a CPU, not to interleave independent products."""
+def compiler_options(barriers: bool = False) -> dict[str, Any] | None:
+    """What the compiler is told: on a CPU, not to interleave independent products.
+
+    **Arguments:** `barriers`, leave them in the program to its end. What `remat` makes again for
+    the backward pass the compiler for CPUs else takes from the forward pass, and keeps till then,
+    where both are pieces of the same code.
+    """
     if jax.default_backend() != "cpu":
         return None
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    made: dict[str, Any] = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    return made | ({"xla_disable_hlo_passes": "cse_barrier_expander"} if barriers else {})
 
 
 @dataclasses.dataclass(frozen=True)

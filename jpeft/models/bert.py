@@ -251,13 +251,14 @@ class Encoder(nnx.Module):
 
         # The last layer by itself, for one position. A loop finds its layers in the whole stack: of
         # all but the last there would have to be a copy.
-        def layer(i: Any) -> tuple[Any, Any]:
-            return jax.tree.map(
-                lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), (state, keys)
-            )
+        def layer(i: int) -> tuple[Any, Any]:
+            return jax.tree.map(lambda a: jax.lax.index_in_dim(a, i, keepdims=False), (state, keys))
 
         def numbered(x: Array, i: Array) -> tuple[Array, None]:
-            return step(x, layer(i))
+            found = jax.tree.map(
+                lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), (state, keys)
+            )
+            return step(x, found)
 
         def last(x: Array, own: tuple[Any, Any]) -> Array:
             return nnx.merge(graphdef, own[0])(x, keep, own[1], at, idle)

@@ -1,15 +1,11 @@
 """What a training step is given beside what it trains, and the names of its axes."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import jpeft
-from jpeft.models.bert import Bert, BertConfig
 
 PARAMS = {
     "embed": {"table": jnp.ones((7, 4))},
@@ -64,42 +60,6 @@ def test_shapes_are_enough():
     shapes = jax.eval_shape(lambda: PARAMS)
     trainable = jax.eval_shape(lambda: jpeft.Train("up").init(KEY, PARAMS))
     assert set(jpeft.frozen(jpeft.Train("up"), shapes, trainable).arrays) == {"embed/table"}
-
-
-def test_layers_apart_are_no_stack_in_a_straight_line_program():
-    config = BertConfig(
-        vocab_size=16, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
-        intermediate_size=256, max_position_embeddings=8,
-    )  # fmt: skip
-    model = Bert(config, rngs=nnx.Rngs(0), pooler=False, unroll=8)
-    apply, params = jpeft.functional(model)
-    ids = jnp.ones((2, 3), jnp.int32)
-    transform = jpeft.LoRA(rank=2, targets=r"kernel$")
-    uses = jpeft.uses(apply, params, ids)
-    state = jax.tree.map(lambda x: x + 0.1, transform.init(KEY, params, uses=uses))
-    whole = jpeft.frozen(transform, params, state)
-    apart = whole.by_layer(uses)
-    kernel = "encoder/layer/intermediate/dense/kernel"
-    assert [x.shape for x in apart.arrays[kernel]] == [(32, 256)] * 4
-    assert apart.arrays["embeddings/word_embeddings/embedding"].shape == (16, 32)
-    shapes = jax.eval_shape(lambda: whole.arrays)
-    of_shapes = dataclasses.replace(whole, arrays=shapes).by_layer(uses).arrays
-    assert of_shapes == jax.eval_shape(lambda: apart.arrays)
-
-    def compiled(base):
-        def loss(state, arrays):
-            rewritten = transform.rewrite(base.params(arrays), state)
-            return jnp.sum(jpeft.lift(apply)(rewritten, ids) ** 2)
-
-        return jax.jit(jax.value_and_grad(loss)).lower(state, base.arrays).compile()
-
-    steps = {"apart": compiled(apart), "whole": compiled(whole)}
-    results = steps["apart"](state, apart.arrays), steps["whole"](state, whole.arrays)
-    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    temporaries = {k: s.memory_analysis().temp_size_in_bytes for k, s in steps.items()}
-    # The weights of four layers are 0.3 MB, all else is a fraction of that.
-    assert temporaries["apart"] < 0.5 * temporaries["whole"]
 
 
 def test_factors_have_their_bases_names():
