@@ -34,15 +34,16 @@ def cache() -> pathlib.Path:
     return pathlib.Path(base) / "jpeft"
 
 
-def cpu_layout(encoder: bool = True, long: bool = False) -> dict[str, Any]:
+def cpu_layout(encoder: bool = True, long: bool = False, full: bool = False) -> dict[str, Any]:
     """Options of a model for this machine, none but on a CPU: of an encoder attention in pieces and
     products alone kept for the backward pass, both faster there; of a decoder straight-line layers,
     since a token's step would copy each layer's weights out of their stack. An encoder's stay in a
-    scan, which compiles sooner and keeps less: what a loop keeps for the backward pass the compiler
-    cannot trade for something larger.
+    scan, which compiles sooner.
 
-    **Arguments:** `long`, for many steps: an encoder's layers are straight-line code too, compiled
-    in half as much time again and some percent faster; `jpeft.by_layer` belongs to it.
+    **Arguments:** `long`, for a step that is compiled once and run many times: an encoder's layers
+    are straight-line code too, which takes twice as long to compile; `jpeft.by_layer` and a compiler
+    that leaves barriers in place belong to it. `full`, everything is trained: of a decoder too
+    products alone are kept.
     """
     import jax
 
@@ -50,9 +51,10 @@ def cpu_layout(encoder: bool = True, long: bool = False) -> dict[str, Any]:
 
     if jax.default_backend() != "cpu":
         return {}
-    straight = {"unroll": 64}
+    straight: dict[str, Any] = {"unroll": 64}
     if not encoder:
-        return straight
+        # Attention's products too: it is not in pieces.
+        return straight | ({"remat": jax.checkpoint_policies.dots_saveable} if full else {})
     made: dict[str, Any] = {"attention_rows": 8, "remat": keep_products}
     return made | straight if long else made
 

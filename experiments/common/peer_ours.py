@@ -90,7 +90,7 @@ class Ours:
             updates, moments = optimiser.update(grads, moments, state)
             return optax.apply_updates(state, updates), moments, value
 
-        options = compiler_options(barriers="remat" in self.layout)
+        options = compiler_options(barriers="unroll" in self.layout)
         self.jitted = jax.jit(step, donate_argnums=(0, 1), compiler_options=options)
         self.loss_alone = jax.jit(self._loss, compiler_options=options)
         self.held = (state, optimiser.init(state))
@@ -105,7 +105,7 @@ class Ours:
         kind = str(read_config(folder)["model_type"])
         dtype = jnp.dtype("float32" if job["precision"] == "fp32" else "bfloat16")
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
-        self.layout = cpu_layout(kind in ENCODERS, long=True)
+        self.layout = cpu_layout(kind in ENCODERS, long=True, full=job["method"] == "full")
         options |= self.layout
         if job["remat"]:
             options["remat"] = True

@@ -24,7 +24,7 @@ def next_token_loss(
 
     Logits are made for about `chunk` tokens of the batch at a time, so that `chunk * v` of them are
     alive instead of `b * t * v`. Where the head is trained they are made again in the backward
-    pass; where it is frozen, the gradient of what it reads is made in the forward pass, from the
+    pass, if there is more than one chunk; where it is frozen, the gradient of what it reads is made in the forward pass, from the
     same logits. A chunk has the same positions of every row: where rows are on different devices,
     each makes logits of its own. It has a reverse-mode derivative alone (second ones through it).
 
@@ -56,11 +56,12 @@ def _total(logits_of: Any, xs: Any, ys: Any, read: Sequence[Any]) -> Any:
         return _cross_entropy(logits_of(x, *read).astype(jnp.float32), y)
 
     def summed(xs: Any, ys: Any, *read: Any) -> Any:
-        @jax.checkpoint
         def step(total: Any, part: Any) -> tuple[Any, None]:
             return total + each(*part, *read), None
 
-        return jax.lax.scan(step, jnp.float32(0), (xs, ys))[0]
+        # Of a single chunk the backward pass would make logits again that it has just had.
+        body = jax.checkpoint(step) if xs.shape[0] > 1 else step
+        return jax.lax.scan(body, jnp.float32(0), (xs, ys))[0]
 
     # By its name (`jpeft._control.SAVES_WORK`) it is known where a rewritten head is read.
     def jpeft_next_token_loss(xs: Any, ys: Any, *read: Any) -> Any:
