@@ -41,8 +41,8 @@ def cpu_layout(encoder: bool = True, long: bool = False, full: bool = False) -> 
     scan, which compiles sooner.
 
     **Arguments:** `long`, for a step that is compiled once and run many times: an encoder's layers
-    are straight-line code too, which takes twice as long to compile; `jpeft.by_layer` and a compiler
-    that leaves barriers in place belong to it. `full`, everything is trained: of a decoder too
+    are straight-line code too, which takes twice as long to compile; `jpeft.by_layer` and barriers
+    left in place by the compiler belong to it. `full`, everything is trained: of a decoder too
     products alone are kept.
     """
     import jax

@@ -24,9 +24,10 @@ def next_token_loss(
 
     Logits are made for about `chunk` tokens of the batch at a time, so that `chunk * v` of them are
     alive instead of `b * t * v`. Where the head is trained they are made again in the backward
-    pass, if there is more than one chunk; where it is frozen, the gradient of what it reads is made in the forward pass, from the
-    same logits. A chunk has the same positions of every row: where rows are on different devices,
-    each makes logits of its own. It has a reverse-mode derivative alone (second ones through it).
+    pass, unless there is one chunk alone; where it is frozen, the gradient of what it reads is made
+    in the forward pass, from the same logits. A chunk has the same positions of every row: where
+    rows are on different devices, each makes logits of its own. It has a reverse-mode derivative
+    alone (second ones through it).
 
     **Arguments:** `hidden`, what the head reads; `head`, to logits; `labels`, with -100 where there
     is no loss; `shift`, whether position `i` is to foretell label `i + 1` (a decoder whose labels

@@ -18,14 +18,14 @@ IDS = jnp.array([[1, 2, 3], [4, 5, 6]], jnp.int32)
 
 def encoder(**options):
     config = BertConfig(
-        vocab_size=16, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
+        vocab_size=16, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
         intermediate_size=256, max_position_embeddings=8,
     )  # fmt: skip
     return Bert(config, rngs=nnx.Rngs(0), pooler=False, **options)
 
 
 def decoder(**options):
-    config = Gpt2Config(vocab_size=16, n_positions=8, n_embd=32, n_layer=4, n_head=2)
+    config = Gpt2Config(vocab_size=16, n_positions=8, n_embd=32, n_layer=3, n_head=2)
     return Gpt2(config, rngs=nnx.Rngs(0), **options)
 
 
@@ -62,8 +62,10 @@ def step_of(name, method, apart, unroll=8, products=False):
     return jax.jit(jax.value_and_grad(loss)).lower(state, arrays).compile(), (state, arrays)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", TRANSFORMS)
+CASES = [("one position", "lora"), ("encoder", "bias"), ("encoder", "full"), ("decoder", "full")]
+
+
+@pytest.mark.parametrize(("name", "method"), [*CASES, ("decoder", "lora")])
 def test_layers_apart_give_the_same(name, method):
     step, inputs = step_of(name, method, True, products=True)
     value, grads = step(*inputs)
@@ -76,14 +78,13 @@ def test_layers_apart_give_the_same(name, method):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("name", "method"), CASES[::3])
 def test_a_straight_line_program_has_no_stack(name, method):
     temporaries = {
         apart: step_of(name, method, apart)[0].memory_analysis().temp_size_in_bytes
         for apart in (True, False)
     }
-    # The weights of four layers are 0.3 MB, all else is a fraction of that.
+    # The weights of three layers are 0.2 MB, all else is a fraction of that.
     assert temporaries[True] < 0.6 * temporaries[False]
 
 
@@ -141,7 +142,7 @@ def test_what_is_not_sliced_stays_whole():
         is arrays["embeddings/word_embeddings/embedding"]
     )
     kernel = apart["encoder/layer/intermediate/dense/kernel"]
-    assert [x.shape for x in kernel.base] == [(32, 256)] * 4
+    assert [x.shape for x in kernel.base] == [(32, 256)] * 3
     shapes = jpeft.by_layer(jax.eval_shape(lambda: arrays), uses)
     assert shapes == jax.eval_shape(lambda: apart)
     assert jpeft.by_layer(apart, uses) == apart
