@@ -24,6 +24,7 @@ from experiments.common.peers import rate_of
 from experiments.common.training import compiler_options
 from jpeft.hf import load_model, load_sequence_classifier
 from jpeft.hf.files import read_config
+from jpeft.uses import Uses
 
 
 def transform_of(method: str, model: Any, encoder: bool) -> jpeft.Transform:
@@ -80,9 +81,11 @@ class Ours:
             state = jpeft.cast(state, jnp.bfloat16)
         self.base = jpeft.frozen(self.transform, params, state)
         if "unroll" in self.layout:  # straight-line layers: see `cpu_layout`
-            arrays = jpeft.by_layer(self.base.arrays, uses)
-            self.base = dataclasses.replace(self.base, arrays=arrays)
-            state = jpeft.by_layer(state, uses) if job["method"] == "full" else state
+            arrays = dict(self.base.arrays)
+            self.base = dataclasses.replace(self.base, arrays={})
+            del model, params
+            self.base = dataclasses.replace(self.base, arrays=_by_layer(arrays, uses))
+            state = _by_layer(state, uses) if job["method"] == "full" else state
         optimiser = optax.adamw(1e-4, weight_decay=0.01)
 
         def step(state: Any, moments: Any, frozen: Any, batch: Any) -> Any:
@@ -205,6 +208,16 @@ class Ours:
 
     def _compiled(self) -> Any:
         return self.jitted.lower(*self.held, self.base.arrays, self.batch).compile()
+
+
+def _by_layer(arrays: dict[str, Any], uses: Uses) -> dict[str, Any]:
+    """`jpeft.by_layer` of one array after another, each stack given up before the next one's layers
+    take its place; `arrays` is emptied.
+    """
+    made: dict[str, Any] = {}
+    for path in list(arrays):
+        made |= jpeft.by_layer({path: arrays.pop(path)}, uses)
+    return made
 
 
 def _zero_prefix(path: Any, x: Any) -> Any:
