@@ -139,7 +139,7 @@ class Train(Transform):
             value = value.astype(leaves[path].dtype)
             if self.last is None:
                 return value
-            return jnp.concatenate([leaves[path][: -self.last], dense(value)])
+            return jnp.concatenate([dense(leaves[path])[: -self.last], dense(value)])
 
         return replace(params, {path: new(path, value) for path, value in trainable.items()})
 

@@ -147,3 +147,14 @@ def test_what_is_not_sliced_stays_whole():
     assert shapes == jax.eval_shape(lambda: apart)
     assert jpeft.by_layer(apart, uses) == apart
     assert dataclasses.replace(kernel, path="y").path == "y"
+
+
+def test_the_last_layers_are_trained_beside_layers_apart():
+    apply, params = jpeft.functional(encoder())
+    transform = jpeft.Train(r"layer/.*kernel$", last=2)
+    state = jax.tree.map(lambda x: x + 1, transform.init(jax.random.key(0), params))
+    base = jpeft.frozen(transform, params, state)
+    arrays = jpeft.by_layer(base.arrays, jpeft.uses(apply, params, IDS))
+    got = jpeft.merge(transform.rewrite(base.params(arrays), state))
+    want = transform.rewrite(params, state)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
