@@ -38,6 +38,9 @@ def cpu_products(rewritten: Params, params: Params) -> Params:
       product of as many rows as the matrix has or more. The branch `(x A) B` goes over the
       activations several times, which costs more than the sum. What comes back to A and B goes
       through their rank as before.
+    - What goes back through a matrix, trained or not, is worked out before anything is made of it,
+      where barriers are left in the program (see `by_layer`). Else the compiler can weave all from
+      one norm to the next into one kernel, whose temporaries it holds beside the program's.
 
     Everything else, such as a quantised base, another type, or dropout in the low-rank branch, is
     multiplied as it was. Forward-mode derivatives (`jax.jvp`) are not defined through it. On an
@@ -52,13 +55,11 @@ def cpu_products(rewritten: Params, params: Params) -> Params:
     def on(path: str, x: Any) -> Any:
         if isinstance(x, LowRank):
             return CpuProduct(x, x.path)
-        if isinstance(x, Layers) and x is not before.get(path):
-            return CpuProduct(x, path)
         if isinstance(x, Scaled) and isinstance(x.base, LowRank):
             return dataclasses.replace(x, base=CpuProduct(x.base, x.path))
-        if is_leaf(x) or x.ndim < 2 or x is before.get(path):
-            return x
-        return CpuProduct(x, path)
+        if isinstance(x, Layers) or (not is_leaf(x) and x.ndim > 1):
+            return CpuProduct(x, path, frozen=x is before.get(path))
+        return x
 
     found = {path: on(path, x) for path, x in flatten(rewritten).items()}
     return replace(rewritten, found)
@@ -69,11 +70,12 @@ def cpu_products(rewritten: Params, params: Params) -> Params:
 class CpuProduct(Weight):
     """A weight as it is, but for its products: see `cpu_products`.
 
-    **Attributes:** `base`, an array or a `LowRank`.
+    **Attributes:** `base`, an array or a `LowRank`; `frozen`, an array that is not trained.
     """
 
     base: Any
     path: str = static("")
+    frozen: bool = static(False)
 
     @property
     def leading(self) -> int:
@@ -110,10 +112,12 @@ class CpuProduct(Weight):
         product = self._product(x, mine[0], call.params["precision"])
         if product is None:
             return None
-        return product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        return product(_apart(x.reshape(-1, x.shape[-1]))).reshape(*x.shape[:-1], -1)
 
     def _product(self, x: Array, axis: int, precision: Any) -> Callable[[Array], Array] | None:
         base = self.base
+        if self.frozen:
+            return lambda flat: _dot(flat, base, (1, axis), precision)
         if not isinstance(base, LowRank):
             return lambda flat: _trained(flat, base, axis, precision)
         if isinstance(base.base, Leaf) or base.a.dtype != x.dtype or x.size < x.shape[-1] ** 2:
@@ -126,6 +130,15 @@ class CpuProduct(Weight):
 
 def _dot(x: Any, y: Any, over: tuple[int, int], precision: Any) -> Any:
     return jax.lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), precision=precision)
+
+
+@jax.custom_vjp
+def _apart(x: Array) -> Array:
+    """The same; its gradient is worked out by itself."""
+    return x
+
+
+_apart.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -6,6 +6,7 @@ scanned. Names in paths are Hugging Face's.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -146,7 +147,13 @@ class Output(nnx.Module):
         self, x: Float[Array, "b t n"], residual: Float[Array, "b t d"], key: PRNGKeyArray | None
     ) -> Float[Array, "b t d"]:
         """`LayerNorm(residual + dropout(x W + b))`."""
-        return self.LayerNorm(residual + dropout(self.dense(x), self.rate, key))
+        return self.LayerNorm(self.summed(x, residual, key))
+
+    def summed(
+        self, x: Float[Array, "b t n"], residual: Float[Array, "b t d"], key: PRNGKeyArray | None
+    ) -> Float[Array, "b t d"]:
+        """The same before the norm."""
+        return residual + dropout(self.dense(x), self.rate, key)
 
 
 class Attention(nnx.Module):
@@ -210,9 +217,20 @@ class Layer(nnx.Module):
         idle: Places = None,
     ) -> Float[Array, "b q d"]:
         """The layer's output, of every position or of the one `at`; see `Bert`."""
+        return self.output.LayerNorm(self.summed(x, keep, key, at, idle))
+
+    def summed(
+        self,
+        x: Float[Array, "b t d"],
+        keep: Bool[Array, "b s"],
+        key: PRNGKeyArray | None,
+        at: int | None = None,
+        idle: Places = None,
+    ) -> Float[Array, "b q d"]:
+        """The same before the last norm."""
         keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
         x = self.attention(x, keep, keys[:2], at, idle)
-        return self.output(self.intermediate(x), x, keys[2])
+        return self.output.summed(self.intermediate(x), x, keys[2])
 
 
 class Encoder(nnx.Module):
@@ -245,12 +263,8 @@ class Encoder(nnx.Module):
         def step(x: Array, own: tuple[Any, Any]) -> tuple[Array, None]:
             return nnx.merge(graphdef, own[0])(x, keep, own[1], idle=idle), None
 
-        if at is None:
-            body = rematerialised(step, self.remat)
-            return jax.lax.scan(body, x, (state, keys), unroll=self.unroll)[0]
-
-        # The last layer by itself, for one position. A loop finds its layers in the whole stack: of
-        # all but the last there would have to be a copy.
+        # The last layer is by itself, where it is for one position. A loop finds its layers in the
+        # whole stack: of all but the last there would have to be a copy.
         def layer(i: int) -> tuple[Any, Any]:
             return jax.tree.map(lambda a: jax.lax.index_in_dim(a, i, keepdims=False), (state, keys))
 
@@ -263,14 +277,25 @@ class Encoder(nnx.Module):
         def last(x: Array, own: tuple[Any, Any]) -> Array:
             return nnx.merge(graphdef, own[0])(x, keep, own[1], at, idle)
 
+        # Straight-line, a layer begins with the norm that ends the one before: the sum between them
+        # is all that either has to keep, and the product in it is not kept beside.
+        def summed(x: Array, before: Any, own: tuple[Any, Any], at: int | None) -> Array:
+            x = x if before is None else nnx.merge(graphdef, before).output.LayerNorm(x)
+            return nnx.merge(graphdef, own[0]).summed(x, keep, own[1], at, idle)
+
         n = self.layers - 1
         if self.unroll >= n:
+            before = None
+            for i in range(self.layers):
+                own, here = layer(i), at if i == n else None
+                body = rematerialised(functools.partial(summed, at=here), self.remat)
+                x, before = body(x, before, own), own[0]
+            return nnx.merge(graphdef, before).output.LayerNorm(x)
+        if at is None:
             body = rematerialised(step, self.remat)
-            for i in range(n):
-                x, _ = body(x, layer(i))
-        else:
-            body = rematerialised(numbered, self.remat)
-            x, _ = jax.lax.scan(body, x, jnp.arange(n), unroll=self.unroll)
+            return jax.lax.scan(body, x, (state, keys), unroll=self.unroll)[0]
+        body = rematerialised(numbered, self.remat)
+        x, _ = jax.lax.scan(body, x, jnp.arange(n), unroll=self.unroll)
         return rematerialised(last, self.remat)(x, layer(n))
 
 

@@ -13,6 +13,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jpeft.cpu import KEPT
 
+# A product that sums over no more numbers is made again sooner than kept.
+CHEAP = 64
+
 # Whether layers forget their activations, or a policy for what they keep.
 Remat = bool | Callable[..., Any]
 
@@ -121,13 +124,20 @@ def rematerialised(step: Callable[..., Any], remat: Remat) -> Callable[..., Any]
     return jax.checkpoint(step, policy=remat if callable(remat) else None)
 
 
+def _summed(x: Any, _: Any, *, dimension_numbers: Any, **__: Any) -> int:
+    return math.prod(x.shape[i] for i in dimension_numbers[0][0])
+
+
 def keep_products(prim: Any, *args: Any, **params: Any) -> Any:
     """A policy for `remat`: of a layer keep its products, and make what is element-wise again.
 
     Attention counts as a product, with its softmax where that is whole; what dropout keeps is kept.
-    The rest is made again from these, in place of writing it down and reading it back.
+    The rest is made again from these, in place of writing it down and reading it back; so is a
+    product that sums so little, such as an adapter's way up, that it costs about as much as that.
     """
     policies = jax.checkpoint_policies
+    if prim is jax.lax.dot_general_p and _summed(*args, **params) <= CHEAP:
+        return False
     named = policies.save_only_these_names(KEPT)
     return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)(
         prim, *args, **params

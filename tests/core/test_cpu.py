@@ -37,7 +37,7 @@ def moved(method, model):
 
 def counted(tree):
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, jpeft.CpuProduct))
-    return sum(isinstance(x, jpeft.CpuProduct) for x in leaves)
+    return sum(isinstance(x, jpeft.CpuProduct) and not x.frozen for x in leaves)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -125,6 +125,24 @@ def test_what_it_does_not_suit_is_as_it_was(case):
 def test_dropout_without_a_key_is_no_dropout():
     transform = jpeft.LoRA(2, 4.0, "kernel", dropout=0.5)
     assert "custom_vjp" in program(transform, normal(1, (8, 4)), normal(2, (4, 5)))
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_what_goes_back_through_a_frozen_matrix_is_worked_out_by_itself(apart):
+    params = {"first": normal(1, (8, 8)), "second": normal(2, (8, 8))}
+
+    def loss(x):
+        made = jpeft.cpu_products(params, params) if apart else params
+        run = jpeft.lift(lambda p, x: jnp.tanh(jnp.tanh(x @ p["first"]) @ p["second"]).sum())
+        return run(made, x)
+
+    x = normal(3, (4, 8))
+    np.testing.assert_array_equal(
+        jax.grad(loss)(x),
+        jax.grad(lambda x: jnp.tanh(jnp.tanh(x @ params["first"]) @ params["second"]).sum())(x),
+    )
+    text = str(jax.make_jaxpr(jax.grad(loss))(x))
+    assert text.count("optimization_barrier") == 2 * apart
 
 
 def test_under_vmap_remat_and_scan():
