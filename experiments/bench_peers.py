@@ -6,8 +6,9 @@ slows both. Before any timing the two must agree on the loss of the first batch.
 
 HF PEFT has no bottleneck adapters: the peer's row `adapter` is plain torch modules on the model of
 transformers. Its `qlora` is bitsandbytes' 4-bit layers. Memory on a CPU is what a step adds to the
-process after its imports, by processes of their own with the C library's allocator as it is; on a
-GPU the most that the allocator gave out, which for JAX counts loading too.
+process after its imports, by processes of their own, with the C library's allocator as it is and as
+it is set up for speed: of each side the lower one. On a GPU it is the most that the allocator gave
+out, which for JAX counts loading too.
 
 Without arguments: the rows of `--preset cpu`, on a GPU of `--preset gpu`.
 """

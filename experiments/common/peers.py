@@ -72,8 +72,7 @@ class Side(Protocol):
 class Worker:
     """One side, started and waiting; `ask` sends it a command and waits for the answer.
 
-    **Arguments:** `tuned`, with an allocator that keeps freed memory: faster on a CPU for both
-    sides, but its peak is not the program's.
+    **Arguments:** `tuned`, with an allocator set up to be faster on a CPU, for both sides.
     """
 
     def __init__(self, side: str, job: Job, tuned: bool = True) -> None:

@@ -7,20 +7,23 @@ import pathlib
 import re
 import sys
 
-# Each step's temporary buffer is one large allocation. glibc would map it afresh every time, and
-# the kernel would clear it page by page: a third of a small model's step on a CPU.
+# Each step's temporary buffer is one large allocation that glibc maps afresh. The kernel clears it
+# page by page, up to a third of a small model's step, if its pages are not huge ones; and what the
+# threads' own arenas have freed nobody else is given. Kept in one heap instead of mapped, buffers
+# do not fit the holes that they left, and there are three of each.
 TUNABLES = ":".join(
     (
-        "glibc.malloc.mmap_max=0",
-        "glibc.malloc.trim_threshold=1000000000000",
         "glibc.malloc.arena_max=1",
         "glibc.malloc.hugetlb=1",
+        "glibc.malloc.mmap_threshold=33554432",
+        "glibc.malloc.trim_threshold=268435456",
+        "glibc.malloc.top_pad=67108864",
     )
 )
 
 
 def malloc_environment() -> dict[str, str]:
-    """`GLIBC_TUNABLES` that keep freed memory in the process; empty where it is set already, where
+    """`GLIBC_TUNABLES` that make a step's memory cheap to get; empty where it is set already, where
     the C library is another one, and on hosts of an accelerator.
     """
     accelerator = any(
