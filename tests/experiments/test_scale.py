@@ -42,46 +42,61 @@ def config(tmp_path_factory):
     )
 
 
-def losses(config, run=main):
-    return run(config, Console(file=io.StringIO()))["seeds"][0]["losses"]
+def losses(config):
+    return main(config, Console(file=io.StringIO()))["seeds"][0]["losses"]
 
 
 @pytest.fixture(scope="module")
 def alone(config):
-    return losses(config)
+    """One device's run, whole."""
+    return main(config, Console(file=io.StringIO()))["seeds"][0]
 
 
+@pytest.fixture(scope="module")
+def full(config):
+    """The losses in fp32 of everything trained."""
+    return losses(dataclasses.replace(config, method="full", lr=1e-3))
+
+
+TUNED = {"batch": 8, "max_steps": 3, "generate": 2, "new_tokens": 4, "held_out": 20}
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    """One device's run of a language model."""
+    return finetune(FinetuneConfig(pack=True, **TUNED), Console(quiet=True))
+
+
+@pytest.mark.xdist_group("alone")
 @pytest.mark.parametrize(
     ("stage", "mesh", "accumulate"), [(3, "all", 1), (0, "data=2,fsdp=2,tensor=2", 2)]
 )
 def test_a_mesh_changes_no_loss(config, alone, stage, mesh, accumulate):
     split = dataclasses.replace(config, mesh=mesh, stage=stage, accumulate=accumulate)
-    np.testing.assert_allclose(losses(split), alone, atol=2e-5)
+    np.testing.assert_allclose(losses(split), alone["losses"], atol=2e-5)
 
 
+@pytest.mark.xdist_group("full")
 @pytest.mark.parametrize("precision", ["bfloat16", "mixed", "stochastic"])
-def test_other_numbers_train(config, alone, precision):
+def test_other_numbers_train(config, full, precision):
     got = losses(dataclasses.replace(config, precision=precision, method="full", lr=1e-3))
-    want = losses(dataclasses.replace(config, method="full", lr=1e-3))
-    assert got != want
-    np.testing.assert_allclose(got, want, atol=0.05)
+    assert got != full
+    np.testing.assert_allclose(got, full, atol=0.05)
 
 
-def test_language_models_on_a_mesh():
-    config = FinetuneConfig(batch=8, max_steps=3, generate=2, new_tokens=4, held_out=16)
-    results = [
-        finetune(c, Console(file=io.StringIO()))
-        for c in (config, dataclasses.replace(config, mesh="fsdp=4,tensor=2"))
-    ]
-    np.testing.assert_allclose(results[0]["losses"], results[1]["losses"], atol=2e-4)
-    assert results[0]["answers"] == results[1]["answers"]
+@pytest.mark.xdist_group("tuned")
+def test_language_models_on_a_mesh(tuned):
+    config = FinetuneConfig(pack=True, mesh="fsdp=4,tensor=2", **TUNED)
+    got = finetune(config, Console(quiet=True))
+    np.testing.assert_allclose(got["losses"], tuned["losses"], atol=2e-4)
+    assert got["answers"] == tuned["answers"]
 
 
-def test_what_remat_keeps_changes_no_loss():
-    config = FinetuneConfig(batch=8, max_steps=2, generate=0, held_out=8)
-    kept = dataclasses.replace(config, remat=True, keep="dots_without_batch")
-    plain, some = (finetune(c, Console(quiet=True))["losses"] for c in (config, kept))
-    np.testing.assert_allclose(some, plain, atol=1e-5)
+@pytest.mark.xdist_group("tuned")
+def test_what_remat_keeps_changes_no_loss(tuned):
+    more = {"generate": 0, "remat": True, "keep": "dots_without_batch"}
+    got = finetune(FinetuneConfig(pack=True, **TUNED | more), Console(quiet=True))
+    np.testing.assert_allclose(got["losses"], tuned["losses"], atol=1e-5)
 
 
 def test_wrong_layouts_are_told(config):
@@ -127,6 +142,7 @@ def arguments_of(config, out):
             "--save-every", 2, "--out", out]  # fmt: skip
 
 
+@pytest.mark.xdist_group("alone")
 @pytest.mark.slow
 def test_two_processes_write_one_report(config, alone, tmp_path):
     told, codes = job("lora_glue", *arguments_of(config, tmp_path / "out"))
@@ -134,12 +150,11 @@ def test_two_processes_write_one_report(config, alone, tmp_path):
     assert "written to" in told[0]
     assert "written to" not in told[1]
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    np.testing.assert_allclose(result["seeds"][0]["losses"], alone, atol=2e-5)
+    np.testing.assert_allclose(result["seeds"][0]["losses"], alone["losses"], atol=2e-5)
     lines = (tmp_path / "out" / "seed0" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(x)["step"] for x in lines] == [*range(1, 7), 6]
     assert (tmp_path / "out" / "seed0" / "adapter.safetensors").is_file()
-    one = main(config, Console(quiet=True))["seeds"][0]
-    assert result["seeds"][0]["validation"] == pytest.approx(one["validation"], abs=1e-6)
+    assert result["seeds"][0]["validation"] == pytest.approx(alone["validation"], abs=1e-6)
 
 
 @pytest.mark.slow
@@ -158,18 +173,17 @@ def test_one_processs_run_goes_on_in_two(config, tmp_path):
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+@pytest.mark.xdist_group("tuned")
 @pytest.mark.slow
-def test_two_processes_tune_a_language_model_as_one(tmp_path):
-    options = {"batch": 8, "max_steps": 3, "generate": 2, "new_tokens": 4, "held_out": 20}
-    want = finetune(FinetuneConfig(pack=True, **options), Console(quiet=True))
-    flags = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", v)]
+def test_two_processes_tune_a_language_model_as_one(tuned, tmp_path):
+    flags = [x for k, v in TUNED.items() for x in (f"--{k.replace('_', '-')}", v)]
     flags += ["--pack", "--out", tmp_path / "out"]
     told, codes = job("finetune", *flags)
     assert codes == [0, 0], "\n".join(told)
     got = json.loads((tmp_path / "out" / "result.json").read_text())
-    np.testing.assert_allclose(got["losses"], want["losses"], atol=1e-5)
-    assert got["held_out"] == pytest.approx(want["held_out"], rel=1e-5)
-    assert got["answers"] == want["answers"]
+    np.testing.assert_allclose(got["losses"], tuned["losses"], atol=1e-5)
+    assert got["held_out"] == pytest.approx(tuned["held_out"], rel=1e-5)
+    assert got["answers"] == tuned["answers"]
 
 
 @pytest.mark.slow
