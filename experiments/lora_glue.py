@@ -221,7 +221,8 @@ def trainer_of(config: Config, model: Any, prepared: Prepared, seed: int, steps:
     from experiments.common.training import Trainer
 
     apply, params = jpeft.functional(model)
-    params = bases.in_format(params, LINEAR, config.quantize, _uses(apply, params))
+    if config.quantize is not None:
+        params = bases.in_format(params, LINEAR, config.quantize, _uses(apply, params))
     length = RECIPES[config.method].room(config.sizes)
     room = functools.partial(
         make_room,
@@ -265,10 +266,10 @@ def run_seed(
     batches = Batches(prepared.train, prepared.train_shapes, prepared.pad, seed)
     steps = config.steps(batches)
     trainer = trainer_of(config, model, prepared, seed, steps)
-    apply, params, transform = trainer.apply, trainer.params, trainer.transform
+    params, transform = trainer.params, trainer.transform
+    summary = jpeft.summary(transform, params, uses=trainer.uses())
     if seed == 0:
-        uses = _uses(apply, params)
-        console.print(str(jpeft.summary(transform, params, uses=uses)), highlight=False)
+        console.print(str(summary), highlight=False)
     folder = None if config.out is None else config.out / f"seed{seed}"
     report = folder if is_main() else None
     start = time.perf_counter()
@@ -297,7 +298,7 @@ def run_seed(
         "last_loss": float(np.mean(progress.losses[-20:])) if progress.losses else None,
         "tokens_per_second": progress.tokens_per_second,
         "step_seconds": progress.step_seconds,
-        "trained": jpeft.summary(transform, params, uses=_uses(apply, params)).trainable,
+        "trained": summary.trainable,
         "train_seconds": time.perf_counter() - start,
     }
     if more is not None:

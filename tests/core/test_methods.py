@@ -322,7 +322,8 @@ def test_outside_every_transformation(name, model):
     def run(state, ids):
         return forward(method.transform.rewrite(model.params, state), ids)
 
-    check_close(run(state, ids), plain, 1e-4)  # op by op
+    if name in KINDS:  # as slow as it is alike: every leaf's rule, one operation after another
+        check_close(run(state, ids), plain, 1e-4)
 
     @jax.jit
     def inside(state, states, other, ids):
