@@ -94,7 +94,7 @@ def model_of(config=None, **options):
         {"remat": True},
         {"unroll": 2},
         {"attention_rows": 2},
-        {"unroll": 64},
+        {"unroll": 64, "remat": keep_products},
         {"remat": keep_products, "attention_rows": 2},
     ],
 )
