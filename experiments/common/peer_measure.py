@@ -292,15 +292,14 @@ def _memory(
     again, now that its programs are in the cache.
     """
     answers, warm = dict(measured), {}
+    settings = (False, True) if malloc_environment() and not measured else (False,)
     for side in (OURS,) if measured else (OURS, EAGER):
         tell(f"{side}'s memory")
-        for tuned in (False, True):
-            if tuned and (side in measured or not malloc_environment()):
-                continue
+        for tuned in settings:
             with Worker(side, job, tuned=tuned) as worker:
                 started = worker.ask("start")
-                if side == OURS and not tuned:
-                    warm = started["start"]
+                if side == OURS:
+                    warm = warm or started["start"]
                 if side not in measured:
                     found = worker.ask("memory")
                     answers[side] = _lower(answers.get(side), found)

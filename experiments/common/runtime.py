@@ -8,9 +8,9 @@ import re
 import sys
 
 # Each step's temporary buffer is one large allocation that glibc maps afresh. The kernel clears it
-# page by page, up to a third of a small model's step, if its pages are not huge ones; and what the
-# threads' own arenas have freed nobody else is given. Kept in one heap instead of mapped, buffers
-# do not fit the holes that they left, and there are three of each.
+# page by page, if its pages are not huge ones; and what the threads' own arenas have freed nobody
+# else is given. Kept in one heap instead of mapped (`mmap_max=0`), an aligned buffer does not fit
+# the hole that the last one left: several are held, and large ones are had sooner.
 TUNABLES = ":".join(
     (
         "glibc.malloc.arena_max=1",

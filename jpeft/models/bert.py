@@ -284,7 +284,7 @@ class Encoder(nnx.Module):
             return nnx.merge(graphdef, own[0]).summed(x, keep, own[1], at, idle)
 
         n = self.layers - 1
-        if self.unroll >= n:
+        if self.unroll >= (self.layers if at is None else n):
             before = None
             for i in range(self.layers):
                 own, here = layer(i), at if i == n else None

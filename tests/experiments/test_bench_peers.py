@@ -306,6 +306,37 @@ def test_the_environment_of_a_side(monkeypatch):
     assert environment("gpu", 0, tuned=True)["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
 
 
+def test_a_side_has_the_allocator_that_costs_it_less(monkeypatch):
+    peaks = {(side, tuned): 3.0 + tuned for side in ("jpeft", "peft") for tuned in (False, True)}
+    peaks["peft", True] = 2.0
+
+    class Fake:
+        def __init__(self, side, job, tuned):
+            self.key = side, tuned
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def ask(self, command):
+            if command == "start":
+                return {"start": {"tuned": self.key[1]}}
+            return {"peak_mib": peaks[self.key], "program_mib": 1.0}
+
+    monkeypatch.setattr(peer_measure, "Worker", Fake)
+    monkeypatch.setattr(peer_measure, "malloc_environment", lambda: {"GLIBC_TUNABLES": "x"})
+    found, warm = peer_measure._memory(None, {}, {}, lambda _: None)
+    assert found == {"jpeft": 3.0, "peft": 2.0, "program": 1.0}
+    assert warm == {"tuned": False}
+    given = {"jpeft": {"peak_mib": 7.0, "program_mib": 6.0}}
+    assert peer_measure._memory(None, {}, given, lambda _: None)[0] == {
+        "jpeft": 7.0,
+        "program": 6.0,
+    }
+
+
 def test_the_kinds_of_a_trace_add_up():
     events = [(0.0, 4.0, "matrix products"), (2.0, 4.0, "copies"), (6.0, 8.0, "attention")]
     found = trace.shares(events)
