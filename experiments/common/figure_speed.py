@@ -9,8 +9,8 @@ from experiments.common.figure_parts import markdown, read, score, source
 
 
 def peers() -> str:
-    """`bench_peers` on a CPU: the row that the first run had no time left for is of a second."""
-    r, more = read("bench_peers", "two_core_cpu"), read("bench_peers", "two_core_cpu_gpt2_lora")
+    """`bench_peers` on a CPU."""
+    r = read("bench_peers", "two_core_cpu")
     rows = [
         [
             f"{row['model']}, {row['method']}, {row['precision']}, {row['shape']}",
@@ -21,7 +21,7 @@ def peers() -> str:
             f"{row['eval']['ratio']:.2f}",
             f"{row['memory_ratio']:.2f}",
         ]
-        for row in r["rows"] + more["rows"]
+        for row in r["rows"]
     ]
     header = ["row", "jpeft, tokens/s", "HF PEFT, tokens/s", "ratio", "products", "evaluation"]
     return markdown([*header, "memory"], rows) + f"\n\n{source(r)}."

@@ -7,17 +7,19 @@ import pathlib
 import re
 import sys
 
-# Each step's temporary buffer is one large allocation that glibc maps afresh. The kernel clears it
-# page by page, if its pages are not huge ones; and what the threads' own arenas have freed nobody
-# else is given. Kept in one heap instead of mapped (`mmap_max=0`), an aligned buffer does not fit
-# the hole that the last one left: several are held, and large ones are had sooner.
+# Each step's temporary buffer is one large allocation, which glibc would map afresh: the kernel
+# then clears it page by page. Kept in one heap instead (`mmap_max=0`, never trimmed), an aligned
+# block leaves the piece cut off behind it to a cache of small blocks, where it does not join its
+# hole again: the next step's block does not fit there, and three are held. So there are no such
+# caches (`tcache_max`, `mxfast`).
 TUNABLES = ":".join(
     (
+        "glibc.malloc.mmap_max=0",
+        "glibc.malloc.trim_threshold=1000000000000",
         "glibc.malloc.arena_max=1",
         "glibc.malloc.hugetlb=1",
-        "glibc.malloc.mmap_threshold=33554432",
-        "glibc.malloc.trim_threshold=268435456",
-        "glibc.malloc.top_pad=67108864",
+        "glibc.malloc.tcache_max=16",
+        "glibc.malloc.mxfast=0",
     )
 )
 
