@@ -12,16 +12,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jpeft.models.attention import attention
 from jpeft.models.bert_config import BertConfig as BertConfig
-from jpeft.models.layers import ACTIVATIONS, Remat, dropout, rematerialised
-from jpeft.models.norms import LayerNorm
+from jpeft.models.bert_layers import Embeddings, Layer, Parts, Places, without_idle
+from jpeft.models.layers import Remat, dropout, rematerialised
 
 Pooling = Literal["cls", "mean"]
-# The first and the last + 1 of some positions.
-Places = tuple[int, int] | None
 # The logical axes of every parameter, by a pattern of its path.
 AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"word_embeddings/embedding$", ("vocab", "embed")),
@@ -43,207 +40,17 @@ AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def _without_idle(x: Shaped[Array, "b s ..."], idle: Places) -> Shaped[Array, "b t ..."]:
-    if idle is None:
-        return x
-    return jnp.concatenate([x[:, : idle[0]], x[:, idle[1] :]], axis=1)
-
-
-def _with_idle(x: Float[Array, "b t d"], idle: Places) -> Float[Array, "b s d"]:
-    """Zeros where a prefix stands: what is made of them, its keys and values take the place of."""
-    if idle is None:
-        return x
-    gap = jnp.zeros((x.shape[0], idle[1] - idle[0], x.shape[2]), x.dtype)
-    return jnp.concatenate([x[:, : idle[0]], gap, x[:, idle[0] :]], axis=1)
-
-
-class _Parts:
-    """How this model makes its layers: one place for types and initial values."""
-
-    def __init__(
-        self,
-        config: BertConfig,
-        dtype: Any,
-        param_dtype: Any,
-        rngs: nnx.Rngs,
-        attention_rows: int | None = None,
-    ) -> None:
-        self.config, self.dtype, self.param_dtype, self.rngs = config, dtype, param_dtype, rngs
-        self.attention_rows = attention_rows
-        self.normal = nnx.initializers.normal(config.initializer_range)
-
-    def linear(self, n_in: int, n_out: int) -> nnx.Linear:
-        return nnx.Linear(
-            n_in,
-            n_out,
-            kernel_init=self.normal,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=self.rngs,
-        )
-
-    def norm(self) -> LayerNorm:
-        c = self.config
-        return LayerNorm(c.hidden_size, c.layer_norm_eps, self.dtype, self.param_dtype)
-
-    def embed(self, rows: int) -> nnx.Embed:
-        return nnx.Embed(
-            rows,
-            self.config.hidden_size,
-            embedding_init=self.normal,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=self.rngs,
-        )
-
-
-class Embeddings(nnx.Module):
-    """Words, positions and segments, summed and normalised."""
-
-    def __init__(self, parts: _Parts) -> None:
-        c = parts.config
-        self.config = c
-        self.word_embeddings = parts.embed(c.vocab_size)
-        self.position_embeddings = parts.embed(c.max_position_embeddings)
-        self.token_type_embeddings = parts.embed(c.type_vocab_size)
-        self.LayerNorm = parts.norm()
-
-    def __call__(
-        self,
-        input_ids: Int[Array, "b t"],
-        token_type_ids: Int[Array, "#b #t"],
-        key: PRNGKeyArray | None,
-    ) -> Float[Array, "b t d"]:
-        """The first layer's input."""
-        c = self.config
-        if c.model_type == "roberta":
-            # Positions count the tokens that are no padding, from after the padding's own row.
-            real = (input_ids != c.pad_token_id).astype(jnp.int32)
-            positions = jnp.cumsum(real, axis=1) * real + c.pad_token_id
-        else:
-            positions = jnp.arange(input_ids.shape[1])[None]
-        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
-        x = self.LayerNorm(x + self.position_embeddings(positions))
-        return dropout(x, c.hidden_dropout_prob, key)
-
-
-class SelfAttention(nnx.Module):
-    """Query, key and value."""
-
-    def __init__(self, parts: _Parts) -> None:
-        d = parts.config.hidden_size
-        self.query, self.key, self.value = (parts.linear(d, d) for _ in range(3))
-
-
-class Output(nnx.Module):
-    """A projection, dropout, the residual sum and a LayerNorm."""
-
-    def __init__(self, parts: _Parts, n_in: int) -> None:
-        self.rate = parts.config.hidden_dropout_prob
-        self.dense = parts.linear(n_in, parts.config.hidden_size)
-        self.LayerNorm = parts.norm()
-
-    def __call__(
-        self, x: Float[Array, "b t n"], residual: Float[Array, "b t d"], key: PRNGKeyArray | None
-    ) -> Float[Array, "b t d"]:
-        """`LayerNorm(residual + dropout(x W + b))`."""
-        return self.LayerNorm(self.summed(x, residual, key))
-
-    def summed(
-        self, x: Float[Array, "b t n"], residual: Float[Array, "b t d"], key: PRNGKeyArray | None
-    ) -> Float[Array, "b t d"]:
-        """The same before the norm."""
-        return residual + dropout(self.dense(x), self.rate, key)
-
-
-class Attention(nnx.Module):
-    """Self-attention and its output."""
-
-    def __init__(self, parts: _Parts) -> None:
-        self.config, self.rows = parts.config, parts.attention_rows
-        self.self = SelfAttention(parts)
-        self.output = Output(parts, parts.config.hidden_size)
-
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        keep: Bool[Array, "b s"],
-        keys: tuple[PRNGKeyArray | None, ...],
-        at: int | None,
-        idle: Places,
-    ) -> Float[Array, "b q d"]:
-        """The attention block, residual and norm included."""
-        asking = x if at is None else x[:, at : at + 1]
-        seen = _with_idle(x, idle)
-        mixed = attention(
-            self.self.query(asking),
-            self.self.key(seen),
-            self.self.value(seen),
-            keep,
-            heads=self.config.num_attention_heads,
-            rate=self.config.attention_probs_dropout_prob,
-            key=keys[0],
-            rows=self.rows,
-        )
-        return self.output(mixed, asking, keys[1])
-
-
-class Intermediate(nnx.Module):
-    """The MLP's first projection."""
-
-    def __init__(self, parts: _Parts) -> None:
-        self.act = ACTIVATIONS[parts.config.hidden_act]
-        self.dense = parts.linear(parts.config.hidden_size, parts.config.intermediate_size)
-
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
-        """`act(x W + b)`."""
-        return self.act(self.dense(x))
-
-
-class Layer(nnx.Module):
-    """One transformer layer, normalised after each residual sum."""
-
-    def __init__(self, parts: _Parts) -> None:
-        self.attention = Attention(parts)
-        self.intermediate = Intermediate(parts)
-        self.output = Output(parts, parts.config.intermediate_size)
-
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        keep: Bool[Array, "b s"],
-        key: PRNGKeyArray | None,
-        at: int | None = None,
-        idle: Places = None,
-    ) -> Float[Array, "b q d"]:
-        """The layer's output, of every position or of the one `at`; see `Bert`."""
-        return self.output.LayerNorm(self.summed(x, keep, key, at, idle))
-
-    def summed(
-        self,
-        x: Float[Array, "b t d"],
-        keep: Bool[Array, "b s"],
-        key: PRNGKeyArray | None,
-        at: int | None = None,
-        idle: Places = None,
-    ) -> Float[Array, "b q d"]:
-        """The same before the last norm."""
-        keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
-        x = self.attention(x, keep, keys[:2], at, idle)
-        return self.output.summed(self.intermediate(x), x, keys[2])
-
-
 class Encoder(nnx.Module):
     """The layers, stacked along axis 0 of every parameter of `layer`."""
 
-    def __init__(self, parts: _Parts, *, remat: Remat, unroll: int) -> None:
+    def __init__(self, parts: Parts, *, remat: Remat, unroll: int) -> None:
         self.remat, self.unroll, self.layers = remat, unroll, parts.config.num_hidden_layers
 
         @nnx.split_rngs(splits=self.layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs: nnx.Rngs) -> Layer:
             return Layer(
-                _Parts(parts.config, parts.dtype, parts.param_dtype, rngs, parts.attention_rows)
+                Parts(parts.config, parts.dtype, parts.param_dtype, rngs, parts.attention_rows)
             )
 
         self.layer = stacked(parts.rngs)
@@ -260,28 +67,19 @@ class Encoder(nnx.Module):
         graphdef, state = nnx.split(self.layer)
         keys = None if key is None else jax.random.split(key, self.layers)
 
-        def step(x: Array, own: tuple[Any, Any]) -> tuple[Array, None]:
-            return nnx.merge(graphdef, own[0])(x, keep, own[1], idle=idle), None
+        def layer(i: Any) -> tuple[Any, Any]:
+            index = jax.lax.index_in_dim if isinstance(i, int) else jax.lax.dynamic_index_in_dim
+            return jax.tree.map(lambda a: index(a, i, keepdims=False), (state, keys))
 
-        # The last layer is by itself, where it is for one position. A loop finds its layers in the
-        # whole stack: of all but the last there would have to be a copy.
-        def layer(i: int) -> tuple[Any, Any]:
-            return jax.tree.map(lambda a: jax.lax.index_in_dim(a, i, keepdims=False), (state, keys))
-
-        def numbered(x: Array, i: Array) -> tuple[Array, None]:
-            found = jax.tree.map(
-                lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), (state, keys)
-            )
-            return step(x, found)
-
-        def last(x: Array, own: tuple[Any, Any]) -> Array:
-            return nnx.merge(graphdef, own[0])(x, keep, own[1], at, idle)
+        def step(x: Array, own: tuple[Any, Any], at: int | None = None) -> Array:
+            made = nnx.merge(graphdef, own[0])
+            return made.closed(made(x, keep, own[1], at, idle))
 
         # Straight-line, a layer begins with the norm that ends the one before: the sum between them
         # is all that either has to keep, and the product in it is not kept beside.
         def summed(x: Array, before: Any, own: tuple[Any, Any], at: int | None) -> Array:
-            x = x if before is None else nnx.merge(graphdef, before).output.LayerNorm(x)
-            return nnx.merge(graphdef, own[0]).summed(x, keep, own[1], at, idle)
+            x = x if before is None else nnx.merge(graphdef, before).closed(x)
+            return nnx.merge(graphdef, own[0])(x, keep, own[1], at, idle)
 
         n = self.layers - 1
         if self.unroll >= (self.layers if at is None else n):
@@ -290,19 +88,21 @@ class Encoder(nnx.Module):
                 own, here = layer(i), at if i == n else None
                 body = rematerialised(functools.partial(summed, at=here), self.remat)
                 x, before = body(x, before, own), own[0]
-            return nnx.merge(graphdef, before).output.LayerNorm(x)
+            return nnx.merge(graphdef, before).closed(x)
         if at is None:
-            body = rematerialised(step, self.remat)
+            body = rematerialised(lambda x, own: (step(x, own), None), self.remat)
             return jax.lax.scan(body, x, (state, keys), unroll=self.unroll)[0]
-        body = rematerialised(numbered, self.remat)
+        # The last layer is by itself, where it is for one position. A loop finds its layers in the
+        # whole stack: of all but the last there would have to be a copy.
+        body = rematerialised(lambda x, i: (step(x, layer(i)), None), self.remat)
         x, _ = jax.lax.scan(body, x, jnp.arange(n), unroll=self.unroll)
-        return rematerialised(last, self.remat)(x, layer(n))
+        return rematerialised(functools.partial(step, at=at), self.remat)(x, layer(n))
 
 
 class Pooler(nnx.Module):
     """BERT's `tanh(h W + b)` of the first token."""
 
-    def __init__(self, parts: _Parts) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.dense = parts.linear(parts.config.hidden_size, parts.config.hidden_size)
 
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b d"]:
@@ -331,7 +131,7 @@ class Bert(nnx.Module):
         attention_rows: int | None = None,
         pooler: bool = True,
     ) -> None:
-        parts = _Parts(config, dtype, param_dtype, rngs, attention_rows)
+        parts = Parts(config, dtype, param_dtype, rngs, attention_rows)
         self.config = config
         self.embeddings = Embeddings(parts)
         self.encoder = Encoder(parts, remat=remat, unroll=unroll)
@@ -376,14 +176,14 @@ class Bert(nnx.Module):
             # Looked up once: the gradients of all tokens would be added to one row, one by one.
             token_type_ids = jnp.zeros((1, 1), input_ids.dtype)
         first, rest = (None, None) if key is None else jax.random.split(key)
-        x = _without_idle(self.embeddings(input_ids, token_type_ids, first), idle)
+        x = without_idle(self.embeddings(input_ids, token_type_ids, first), idle)
         return self.encoder(x, attention_mask.astype(bool), rest, at, idle)
 
 
 class RobertaHead(nnx.Module):
     """RoBERTa's two-layer head."""
 
-    def __init__(self, parts: _Parts, n_out: int) -> None:
+    def __init__(self, parts: Parts, n_out: int) -> None:
         self.rate = parts.config.head_dropout
         self.dense = parts.linear(parts.config.hidden_size, parts.config.hidden_size)
         self.out_proj = parts.linear(parts.config.hidden_size, n_out)
@@ -432,7 +232,7 @@ class BertForSequenceClassification(nnx.Module):
         )
         setattr(self, config.model_type, encoder)
         # The head is small, and its output is the loss's input: it computes in fp32.
-        parts = _Parts(config, jnp.float32, param_dtype, rngs)
+        parts = Parts(config, jnp.float32, param_dtype, rngs)
         if roberta:
             self.classifier = RobertaHead(parts, num_labels)
         else:
@@ -467,7 +267,7 @@ class BertForSequenceClassification(nnx.Module):
             return pooled.astype(jnp.float32)
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
-        kept = _without_idle(attention_mask if pooling_mask is None else pooling_mask, idle)
+        kept = without_idle(attention_mask if pooling_mask is None else pooling_mask, idle)
         weight = kept.astype(jnp.float32)[..., None]
         total = jnp.sum(hidden.astype(jnp.float32) * weight, axis=1)
         return total / jnp.maximum(jnp.sum(weight, axis=1), 1)
