@@ -77,6 +77,8 @@ class Config:
     """Several pairs in a row of --length tokens, none reading another (decoders)."""
     length: int = 512
     """The most tokens of a pair; longer ones are left out."""
+    buckets: int = 3
+    """The lengths that batches may have: each is compiled, and the more, the less padding."""
     lr: float | None = None
     """The peak learning rate; without it the method's own (experiments/common/decoders.py)."""
     epochs: int = 1
@@ -189,7 +191,8 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         + (f"; {left_out:,} longer than {config.length} tokens are left out" if left_out else "")
     )
     rows = packed(examples, config.length) if config.pack else examples
-    made = batches(rows, loaded.codec, config.batch, config.length, config.seed, two_sided)
+    about = (two_sided, config.buckets)
+    made = batches(rows, loaded.codec, config.batch, config.length, config.seed, *about)
     steps = config.max_steps or config.epochs * made.per_epoch
     trainer = trainer_of(config, loaded, steps)
     uses = trainer.uses()
@@ -312,7 +315,8 @@ def held_out_loss(
     """Nats a token, over all labels."""
     from experiments.common.language import batches
 
-    made = batches(held, loaded.codec, config.batch, config.length, 0, loaded.two_sided)
+    about = (loaded.two_sided, config.buckets)
+    made = batches(held, loaded.codec, config.batch, config.length, 0, *about)
     made = made.of(trainer.share(config.batch))
     sums = [
         [float(x) for x in trainer.sums(trainer.frozen, state, batch)]

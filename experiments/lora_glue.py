@@ -46,7 +46,7 @@ from experiments.common.tasks import Dataset, load
 from experiments.common.tokens import Example, load_tokenizer, tokenise
 
 if TYPE_CHECKING:
-    from experiments.common.training import Schedule, Trainer
+    from experiments.common.training import Programs, Schedule, Trainer
 
 TaskName = Literal["sst2", "mrpc", "cola", "rte", "stsb", "qnli", "qqp", "mnli", "sample"]
 
@@ -96,6 +96,8 @@ class Config:
     """Examples a step."""
     length: int = 128
     """Tokens an example is cut to; batches are padded to their own length, not to this."""
+    buckets: int = 3
+    """The lengths that batches may have: each is compiled, and the more, the less padding."""
     seeds: int = 1
     """Runs, with seeds 0, 1, ...; the report gives mean and standard deviation."""
     pooling: Literal["cls", "mean"] = "mean"
@@ -190,8 +192,8 @@ def prepare(config: Config, directory: pathlib.Path) -> Prepared:
         data,
         train,
         validation,
-        shapes(train, config.batch, length),
-        shapes(validation, 4 * config.batch, length),
+        shapes(train, config.batch, length, config.buckets),
+        shapes(validation, 4 * config.batch, length, config.buckets),
         model.pad_token_id,
         model.vocab_size,
     )
@@ -215,14 +217,26 @@ def build(config: Config, directory: pathlib.Path, outputs: int, seed: int) -> A
     return model
 
 
-def trainer_of(config: Config, model: Any, prepared: Prepared, seed: int, steps: int) -> Trainer:
-    """The compiled trainer of a configuration, for so many steps."""
+def trainer_of(
+    config: Config,
+    model: Any,
+    prepared: Prepared,
+    seed: int,
+    steps: int,
+    like: Programs | None = None,
+) -> Trainer:
+    """The compiled trainer of a configuration, for so many steps.
+
+    **Arguments:** `like`, the programs of another seed's, None for new ones.
+    """
     from experiments.common.scale import axes_of, scale_of
     from experiments.common.training import Trainer
 
     apply, params = jpeft.functional(model)
     if config.quantize is not None:
         params = bases.in_format(params, LINEAR, config.quantize, _uses(apply, params))
+    if config.precision == "stochastic":
+        like = None  # the seed of what is rounded at random is a part of the program
     length = RECIPES[config.method].room(config.sizes)
     room = functools.partial(
         make_room,
@@ -241,6 +255,7 @@ def trainer_of(config: Config, model: Any, prepared: Prepared, seed: int, steps:
         scale_of(config),
         axes_of(model),
         options=called_with(config.method, length),
+        like=like,
     )
 
 
@@ -251,10 +266,13 @@ def run_seed(
     seed: int,
     console: Console,
     more: More | None = None,
-) -> dict[str, Any]:
-    """Train and evaluate once: the metrics, of this method and of the frozen encoder's head.
+    like: Programs | None = None,
+) -> tuple[dict[str, Any], Programs]:
+    """Train and evaluate once: the metrics, of this method and of the frozen encoder's head; and
+    the programs, for another seed.
 
-    **Arguments:** `more`, what else to write into the result, from the trainer and the state.
+    **Arguments:** `more`, what else to write into the result, from the trainer and the state;
+    `like`, another seed's programs.
     """
     from experiments.common.head import frozen_head
     from experiments.common.loop import train
@@ -265,7 +283,7 @@ def run_seed(
     model = build(config, directory, max(1, len(task.labels)), seed)
     batches = Batches(prepared.train, prepared.train_shapes, prepared.pad, seed)
     steps = config.steps(batches)
-    trainer = trainer_of(config, model, prepared, seed, steps)
+    trainer = trainer_of(config, model, prepared, seed, steps, like)
     params, transform = trainer.params, trainer.transform
     summary = jpeft.summary(transform, params, uses=trainer.uses())
     if seed == 0:
@@ -317,7 +335,7 @@ def run_seed(
         about = {"method": config.method, "task": config.task, "model": config.model}
         jpeft.save(report / "adapter.safetensors", whole, transform, about)
         write_json(report / "result.json", result)
-    return result
+    return result, trainer.programs
 
 
 def with_baseline(config: Config) -> bool:
@@ -352,12 +370,15 @@ def main(
         f"{data.task.name}: {len(data.train):,} + {len(data.validation):,} examples, {data.source}"
     )
     results: list[dict[str, Any]] = []
+    programs: Programs | None = None
     for seed in range(config.seeds):
         done = None if config.out is None else config.out / f"seed{seed}" / "result.json"
         if config.resume and done is not None and done.exists():
             results.append(json.loads(done.read_text()))
         else:
-            results.append(run_seed(config, directory, prepared, seed, console, more))
+            about = (config, directory, prepared, seed, console, more)
+            found, programs = run_seed(*about, programs)
+            results.append(found)
     names = data.task.metrics
     rows = {config.method: {n: [r["validation"][n] for r in results] for n in names}}
     if with_baseline(config):

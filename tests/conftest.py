@@ -25,6 +25,16 @@ import jax
 import jaxtyping
 import pytest
 
+# Shapes in signatures are checked at run time, in the modules that have some: of the rest many a
+# function is called so often, and does so little, that the check is most of its time.
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_SHAPES = [p for p in (_ROOT / "jpeft").rglob("*.py") if "from jaxtyping" in p.read_text()]
+if "JAXTYPING_DISABLE" not in os.environ:
+    jaxtyping.install_import_hook(
+        [".".join(p.relative_to(_ROOT).with_suffix("").parts) for p in _SHAPES],
+        "beartype.beartype",
+    )
+
 # Many tests compile the same small programs: all workers, and the commands that tests start, keep
 # them in one folder for this session, which the first process makes and removes.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

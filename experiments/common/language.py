@@ -98,7 +98,13 @@ def _joined(row: Sequence[Tokens]) -> Tokens:
 
 
 def batches(
-    examples: Sequence[Tokens], codec: Codec, rows: int, length: int, seed: int, two_sided: bool
+    examples: Sequence[Tokens],
+    codec: Codec,
+    rows: int,
+    length: int,
+    seed: int,
+    two_sided: bool,
+    buckets: int = 3,
 ) -> Batches:
     """Endless training batches of few shapes: `input_ids`, `attention_mask`, `labels`, and for a
     decoder `segment_ids`.
@@ -124,8 +130,8 @@ def batches(
             del out["segment_ids"]
         return out
 
-    sides = quantiles(sizes(examples, "labels"), length) if two_sided else ()
-    of = Shapes(rows, quantiles(sizes(examples), length), sides)
+    sides = quantiles(sizes(examples, "labels"), length, buckets) if two_sided else ()
+    of = Shapes(rows, quantiles(sizes(examples), length, buckets), sides)
     return Batches(examples, of, codec.pad, seed, to_batch)
 
 

@@ -43,18 +43,21 @@ def _first(lengths: Sequence[int], tokens: int) -> int:
     return next(n for n in lengths if n >= tokens)
 
 
-def shapes(examples: Sequence[Any], batch: int, longest: int) -> Shapes:
+def shapes(examples: Sequence[Any], batch: int, longest: int, buckets: int = 3) -> Shapes:
     """Shapes with few lengths, those that `quantiles` picks."""
-    return Shapes(batch, quantiles(sizes(examples), longest))
+    return Shapes(batch, quantiles(sizes(examples), longest, buckets))
 
 
 def quantiles(sizes: Int[np.ndarray, " n"], longest: int, buckets: int = 3) -> tuple[int, ...]:
-    """Lengths at even quantiles of the examples', rounded up to multiples of 8."""
+    """At most `buckets` lengths: even quantiles of the examples', rounded up to multiples of 8.
+
+    **Raises:** `ValueError` for no buckets.
+    """
+    if buckets < 1:
+        raise ValueError(f"--buckets {buckets}: batches need one length at least")
     sizes = np.sort(sizes)
     picks = [sizes[max(0, len(sizes) * i // buckets - 1)] for i in range(1, buckets + 1)]
-    lengths = {min(longest, -(-int(n) // 8) * 8) for n in picks} | {min(longest, int(sizes[-1]))}
-    top = max(lengths)
-    return tuple(sorted({n for n in lengths if n == top or n % 8 == 0}))
+    return tuple(sorted({min(longest, -(-int(n) // 8) * 8) for n in picks}))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from experiments.common.numbers import Optimiser
 from experiments.common.pipeline import Batch, Shapes, Share, in_order, share_of
 from experiments.common.scale import Scale, all_axes
 from experiments.common.tokens import Example
+from jpeft.paths import flatten
 from sharding import Axes, State, Step, make_step
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -93,6 +95,22 @@ def compiler_options(barriers: bool = False) -> dict[str, Any] | None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Programs:
+    """What a `Trainer` compiles, and holds none of its arrays.
+
+    **Attributes:** `uses`, how the model reads its parameters; `base`, which of them stay as they
+    are, by shape; `first(key, params)`, what is trained at the start; `step` and `outputs`, see
+    `Trainer`.
+    """
+
+    uses: Any
+    base: jpeft.Frozen
+    first: Callable[[PRNGKeyArray, Any], Any]
+    step: Step
+    outputs: Callable[[Any, Any, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Trainer:
     """One model, transform and schedule, compiled.
 
@@ -100,11 +118,13 @@ class Trainer:
     model's and the method's dropout are on in training; `room`, what a batch becomes for a method
     that has virtual tokens; `scale`, devices and numbers; `axes`, names of the axes of `params`;
     `products`, whether on a CPU it multiplies by `jpeft.cpu_products`; `options`, what else the
-    model is called with.
+    model is called with; `like`, the `programs` of a trainer that differs in the numbers of
+    `params` and in `seed` alone, which are used in place of new ones.
 
     **Attributes:** `params`, with a shape in place of each array that nothing reads, since a copy
     of it is trained; `frozen`, the arrays that are read, by path, where the stage has them, in what
-    the model computes in; `step`, the training step; `outputs(frozen, state, batch)`, the model's.
+    the model computes in; `step`, the training step; `outputs(frozen, state, batch)`, the model's;
+    `programs`, these and what they are made from.
     """
 
     apply: Callable[..., Any]
@@ -118,19 +138,23 @@ class Trainer:
     axes: Axes | None = None
     products: bool = True
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    like: dataclasses.InitVar[Programs | None] = None
     frozen: dict[str, Any] = dataclasses.field(init=False)
     step: Step = dataclasses.field(init=False)
     outputs: Callable[[Any, Any, Any], Any] = dataclasses.field(init=False)
+    programs: Programs = dataclasses.field(init=False)
     _base: jpeft.Frozen = dataclasses.field(init=False)
     _start: Any = dataclasses.field(init=False)
     _uses: Any = dataclasses.field(init=False)
+    _first: Any = dataclasses.field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, like: Programs | None) -> None:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        put("_uses", self.probe())
-        zero, options = self.scale.zero(), compiler_options()
+        put("_uses", self.probe() if like is None else like.uses)
+        put("_first", self._starting() if like is None else like.first)
+        zero = self.scale.zero()
         leaves = jax.tree.leaves(self.params)
         # One made anew of another's parameters, to look at a trained state, has no start.
         whole = not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
@@ -139,7 +163,12 @@ class Trainer:
             shapes = jax.eval_shape(self.first, self.params)
         else:  # its shapes are known: the method is not traced a second time
             shapes = jax.eval_shape(lambda: start)
-        base = jpeft.frozen(self.transform, self.scale.narrowed(self.params), shapes)
+        narrowed = self.scale.narrowed(self.params)
+        if like is None:
+            base = jpeft.frozen(self.transform, narrowed, shapes)
+        else:
+            leaves = flatten(narrowed)
+            base = dataclasses.replace(like.base, arrays={p: leaves[p] for p in like.base.arrays})
         axes, arrays = self.axes, base.arrays
         if zero is not None:
             axes = axes and all_axes(self.transform, self.params, shapes, axes)
@@ -148,11 +177,23 @@ class Trainer:
         put("_base", base)
         put("frozen", arrays)
         put("params", base.params(arrays))
+        put("programs", self._compiled(zero, axes) if like is None else like)
+        put("step", self.programs.step)
+        put("outputs", self.programs.outputs)
+
+    def _compiled(self, zero: Any, axes: Axes | None) -> Programs:
+        # What is compiled outlives this trainer, where another one is like it: no array goes along.
+        bare = copy.copy(self)
+        base = dataclasses.replace(self._base, arrays=dict.fromkeys(self._base.arrays))
+        for name in ("params", "frozen", "start", "_start"):
+            object.__setattr__(bare, name, None)
+        object.__setattr__(bare, "_base", base)
         # A norm over all gradients would keep an update from being made layer by layer.
         clip = self.schedule.clip if self.scale.offload else None
         optimiser = self.scale.optimiser(self.schedule.optimiser(clip is None), self.seed)
+        options = compiler_options()
         step = make_step(
-            self._loss,
+            bare._loss,
             optimiser,
             zero=zero,
             axes=axes,
@@ -161,21 +202,23 @@ class Trainer:
             dtype=self.scale.kept,
             compiler_options=options,
         )
-        put("step", step)
         where = None if zero is None else zero.replicated
-        outputs = jax.jit(self._outputs, compiler_options=options, out_shardings=where)
-        put("outputs", outputs)
+        outputs = jax.jit(bare._outputs, compiler_options=options, out_shardings=where)
+        return Programs(self._uses, base, self._first, step, outputs)
 
-    def first(self, params: Any) -> Any:
-        """What is trained, at the start."""
-        uses = self._uses
+    def _starting(self) -> Callable[[PRNGKeyArray, Any], Any]:
+        transform, uses = self.transform, self._uses
 
         @jax.jit  # one program, and not one for every array
         def made(key: PRNGKeyArray, params: Any) -> Any:
             # Copies of parameters that were loaded in bf16 are trained in fp32 all the same.
-            return jpeft.cast(self.transform.init(key, params, uses=uses), jnp.float32)
+            return jpeft.cast(transform.init(key, params, uses=uses), jnp.float32)
 
-        return made(jax.random.key(self.seed), params)
+        return made
+
+    def first(self, params: Any) -> Any:
+        """What is trained, at the start."""
+        return self._first(jax.random.key(self.seed), params)
 
     def init(self) -> State:
         """The state at the start: what is trained, and the optimiser's."""

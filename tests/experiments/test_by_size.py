@@ -58,15 +58,16 @@ def pretend(monkeypatch, score, losses=lambda config, seed: []):
     """Runs that are not run, with a `score(config, seed)` and losses."""
     seen = {}
 
-    def run_seed(config, directory, prepared, seed, console, more):
+    def run_seed(config, directory, prepared, seed, *rest):
         seen[config.out.name] = config
-        return {
+        found = {
             "seed": seed,
             "validation": {"accuracy": score(config, seed)},
             "tokens_per_second": 1.0,
             "constant": {"accuracy": 0.5},
             "losses": losses(config, seed),
         }
+        return found, None
 
     monkeypatch.setattr(lora_glue, "run_seed", run_seed)
     return seen

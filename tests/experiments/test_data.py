@@ -201,7 +201,11 @@ def test_an_epoch_holds_every_example_once(lengths, size, seed):
 def test_few_lengths_and_little_padding():
     rows = examples(np.random.default_rng(0).integers(5, 60, 2000).tolist())
     found = shapes(rows, 32, 64)
-    assert len(found.lengths) <= 4
+    assert len(found.lengths) <= 3
+    assert shapes(rows, 32, 64, buckets=1).lengths == (64,)
+    assert shapes(rows[:1], 32, 3).lengths == (3,)
+    with pytest.raises(ValueError, match="--buckets 0: batches need one length"):
+        shapes(rows, 32, 64, buckets=0)
     batches = Batches(rows, found, 0, 0)
     iterator = iter(batches)
     drawn = [next(iterator) for _ in range(batches.per_epoch)]

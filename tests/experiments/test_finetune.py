@@ -30,8 +30,8 @@ from jpeft.models.llama import Llama, LlamaConfig
 from jpeft.models.t5 import T5, T5Config
 
 SMALL = {
-    "limit": 24, "batch": 4, "held_out": 8, "generate": 4, "new_tokens": 4, "bottleneck": 4,
-    "prompt": 3, "dimensions": 30, "rank": 2, "max_steps": 3,
+    "limit": 24, "batch": 4, "held_out": 8, "generate": 0, "new_tokens": 4, "bottleneck": 4,
+    "prompt": 3, "dimensions": 30, "rank": 2, "max_steps": 3, "buckets": 1,
 }  # fmt: skip
 SHAPES = {
     "llama": (Llama, LlamaConfig(
@@ -74,7 +74,8 @@ def run(**options):
 
 
 def test_a_run_from_nothing_learns_and_writes(tmp_path):
-    result, said = run(max_steps=40, limit=None, batch=16, out=tmp_path / "out")
+    options = {"max_steps": 40, "limit": None, "batch": 16, "generate": 4, "buckets": 3}
+    result, said = run(out=tmp_path / "out", **options)
     held = result["held_out"]
     assert held["loss"] < 0.5 * held["loss_before"]
     assert "loss before" in said
@@ -89,7 +90,8 @@ def test_a_run_from_nothing_learns_and_writes(tmp_path):
 @pytest.mark.parametrize("kind", SHAPES)
 def test_an_adapter_is_saved_and_gone_on_from(kind, folder, tmp_path):
     path = folder(kind)
-    first, _ = run(model=str(path), out=tmp_path / "a", lr=0.05)
+    first, _ = run(model=str(path), out=tmp_path / "a", lr=0.05, generate=4)
+    assert len(first["answers"]) == 4
     assert first["held_out"]["loss"] < first["held_out"]["loss_before"]
     saved = tmp_path / "a" / "seed0"
     assert (
@@ -98,7 +100,7 @@ def test_an_adapter_is_saved_and_gone_on_from(kind, folder, tmp_path):
     # This library's own file knows no kinds of models: one of them stands for all.
     own = (saved / "adapter.safetensors",) if kind == "gpt2" else ()
     for adapter in (saved / "adapter", *own):
-        again, _ = run(model=str(path), adapter=adapter, generate=0)
+        again, _ = run(model=str(path), adapter=adapter)
         np.testing.assert_allclose(
             again["held_out"]["loss_before"], first["held_out"]["loss"], rtol=1e-5
         )
@@ -130,7 +132,7 @@ def test_methods_train(method, folder):
 
 @pytest.mark.parametrize("method", ["bitfit", "prompt", "prefix"])
 def test_methods_of_gpt2(method, folder):
-    result, _ = run(model=str(folder("gpt2")), method=method, max_steps=2, generate=0)
+    result, _ = run(model=str(folder("gpt2")), method=method, max_steps=2)
     assert np.isfinite(result["held_out"]["loss"])
 
 
@@ -274,7 +276,7 @@ def test_a_chat_template(folder, tmp_path):
              "bos_token": "<s>", "eos_token": {"content": "|"}}  # fmt: skip
     (path / "tokenizer_config.json").write_text(json.dumps(about))
     assert chat_template(path)("hi") == "user: hi|answer: "
-    result, _ = run(model=str(path), chat=True)
+    result, _ = run(model=str(path), chat=True, generate=4)
     assert np.isfinite(result["held_out"]["loss"])
 
 
@@ -313,7 +315,7 @@ def test_stories_are_fine_tuned(data):
     at = data / "weights" / "stories260K"
     result, _ = run(
         model=str(at / "stories260K.bin"), vocabulary=at / "tok512_stories.bin", task="e2e",
-        data=data, max_steps=8, limit=64, held_out=16, method="lora",
+        data=data, max_steps=8, limit=64, held_out=16, method="lora", generate=4,
     )  # fmt: skip
     held = result["held_out"]
     assert held["loss"] < held["loss_before"]

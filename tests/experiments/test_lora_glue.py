@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,10 +25,13 @@ from experiments.common.metrics import evaluate
 from experiments.common.models import ModelError, fetch_model
 from experiments.common.sample import SAMPLE
 from experiments.common.tasks import TASKS
-from experiments.lora_glue import Config, build, main, prepare
+from experiments.lora_glue import Config, build, main, prepare, run_seed
 from tests.tiny import write_model, write_task
 
-SHORT = dataclasses.replace(Config(), task="sst2", epochs=2, batch=4, length=12, save_every=3)
+# One program for all batches, but where several lengths are what is looked at.
+SHORT = dataclasses.replace(
+    Config(), task="sst2", epochs=2, batch=4, length=12, buckets=1, save_every=3, baseline=False
+)
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def lines(folder):
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
 def test_a_whole_run(config, method):
-    config = dataclasses.replace(config, method=method, seeds=2, rank=2)
+    config = dataclasses.replace(config, method=method, seeds=2, rank=2, baseline=True)
     result, said = run(config)
     assert "trainable params:" in said
     assert "majority class" in said
@@ -69,6 +71,19 @@ def test_a_whole_run(config, method):
         assert [r["step"] for r in records] == [*range(1, 21), 20]
         assert "validation/accuracy" in records[-1]
         assert (config.out / f"seed{seed}" / "adapter.safetensors").is_file()
+
+
+@pytest.mark.parametrize("precision", ["float32", "stochastic"])
+def test_seeds_share_programs_and_no_numbers(config, precision):
+    config = dataclasses.replace(config, precision=precision, out=None, seeds=2, max_steps=4)
+    first, second = run(config)[0]["seeds"]
+    directory, quiet = pathlib.Path(config.model), Console(quiet=True)
+    alone, programs = run_seed(config, directory, prepare(config, directory), 1, quiet)
+    assert alone["losses"] == second["losses"] != first["losses"]
+    assert alone["validation"] == second["validation"]
+    assert not jax.tree.leaves(programs.base.arrays)
+    held = vars(programs.step.loss.__self__)
+    assert held["params"] is held["frozen"] is held["_start"] is None
 
 
 def test_the_saved_adapter_is_the_trained_one(config):
@@ -89,7 +104,7 @@ def test_the_saved_adapter_is_the_trained_one(config):
 
 
 def test_it_learns(config):
-    learned, _ = run(dataclasses.replace(config, method="full", lr=3e-3, epochs=10))
+    learned, _ = run(dataclasses.replace(config, method="full", lr=3e-3, epochs=10, buckets=3))
     assert learned["metrics"]["full"]["accuracy"]["mean"] > 0.9
     assert learned["metrics"]["majority class"]["accuracy"]["mean"] == 0.5
 
@@ -266,13 +281,25 @@ def test_a_regression_task(config, tmp_path):
     assert "mean score" in said
 
 
-@pytest.mark.slow
-def test_the_main_job_needs_no_network_and_beats_words_alone(monkeypatch):
-    def refused(*_):
-        pytest.fail("it reached for a network")
+UNREACHABLE = """
+import runpy, socket
 
-    monkeypatch.setattr(socket.socket, "connect", refused)
-    result = main(Config(baseline=False), Console(quiet=True))
+def refused(*_):
+    raise SystemExit("it reached for a network")
+
+socket.socket.connect = refused
+runpy.run_module("experiments.lora_glue", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_the_main_job_needs_no_network_and_beats_words_alone(tmp_path):
+    # By itself: as its user's, its programs are to be fast, not soon compiled.
+    own = {k: v for k, v in environment(tmp_path).items() if k not in ("XLA_FLAGS", "NPROC")}
+    job = [sys.executable, "-c", UNREACHABLE, "--no-baseline", "--out", str(tmp_path / "out")]
+    done = subprocess.run(job, capture_output=True, text=True, env=own, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
     found = result["metrics"]["lora"]["accuracy"]["mean"]
     rows = [
         [line.rsplit("\t", 1) for line in (SAMPLE / f).read_text().splitlines()]

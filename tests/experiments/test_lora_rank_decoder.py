@@ -14,7 +14,14 @@ from experiments.lora_rank_decoder import Config, main, runs_of
 pytestmark = pytest.mark.slow  # a real run trains four times
 
 SMALL = Config(
-    max_steps=3, batch=8, held_out=16, generate=0, length=128, ranks=(1, 2), weights=("q", "q,v")
+    max_steps=3,
+    batch=8,
+    held_out=16,
+    generate=0,
+    length=128,
+    buckets=1,
+    ranks=(1, 2),
+    weights=("q", "q,v"),
 )
 
 

@@ -37,6 +37,7 @@ def config(tmp_path_factory):
         batch=8,
         max_steps=6,
         lr=1e-2,
+        buckets=1,
         dropout=False,
         baseline=False,
     )
@@ -58,7 +59,7 @@ def full(config):
     return losses(dataclasses.replace(config, method="full", lr=1e-3))
 
 
-TUNED = {"batch": 8, "max_steps": 3, "generate": 2, "new_tokens": 4, "held_out": 20}
+TUNED = {"batch": 8, "max_steps": 3, "generate": 2, "new_tokens": 4, "held_out": 20, "buckets": 1}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def job(experiment, *arguments, processes=2, devices=4):
 def arguments_of(config, out):
     return ["--task", "sst2", "--data", config.data, "--model", config.model, "--batch",
             config.batch, "--max-steps", 6, "--lr", 0.01, "--no-dropout", "--no-baseline",
-            "--save-every", 2, "--out", out]  # fmt: skip
+            "--buckets", 1, "--save-every", 2, "--out", out]  # fmt: skip
 
 
 @pytest.mark.xdist_group("alone")
