@@ -73,6 +73,10 @@ def ready(out: pathlib.Path | None, overwrite: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
+def _as_json(options: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(options, default=str))
+
+
 def claim(config: Any, free: Sequence[str] = ()) -> None:
     """Make `--out` ready; with --resume for what it holds, if it holds anything.
 
@@ -88,14 +92,16 @@ def claim(config: Any, free: Sequence[str] = ()) -> None:
         return
     out: pathlib.Path = config.out
     stamp = out / "config.json"
-    now: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    now = _as_json(dataclasses.asdict(config))
     begun, finished = stamp.exists(), (out / "result.json").exists()
     barrier("claim")  # every process has looked; the first one writes
     if config.overwrite and begun and is_main():
         for path in [*out.glob("seed*"), out / "runs", stamp, out / "result.json"]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if config.resume and begun:
-        before = json.loads(stamp.read_text())
+        # An option that came after the run began had its default then.
+        before = _as_json({f.name: f.default for f in dataclasses.fields(config)})
+        before |= json.loads(stamp.read_text())
         # A run may go on elsewhere: on another mesh, at another stage, in other processes.
         moved = {"resume", "overwrite", "out", "save_every", "mesh", "stage", "processes", *free}
         changed = [k for k in now if k not in moved and before.get(k) != now[k]]

@@ -128,6 +128,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, tmp_path, monkeypa
         run(config)
     with pytest.raises(ValueError, match=r"another run than .* lr was None and is 0\.5"):
         run(dataclasses.replace(config, resume=True, lr=0.5))
+    # A run of before there was an option had its default.
+    stamp = config.out / "config.json"
+    stamp.write_text(json.dumps({**json.loads(stamp.read_text()), "optimiser": None}))
+    with pytest.raises(ValueError, match="optimiser was None and is adamw"):
+        run(dataclasses.replace(config, resume=True))
+    older = {k: v for k, v in json.loads(stamp.read_text()).items() if k != "optimiser"}
+    stamp.write_text(json.dumps(older))
     run(dataclasses.replace(config, resume=True))
     one, two = (lines(c.out / "seed0") for c in (whole, config))
     assert [(r["step"], r.get("loss")) for r in one] == [(r["step"], r.get("loss")) for r in two]
