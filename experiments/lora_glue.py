@@ -235,8 +235,6 @@ def trainer_of(
     apply, params = jpeft.functional(model)
     if config.quantize is not None:
         params = bases.in_format(params, LINEAR, config.quantize, _uses(apply, params))
-    if config.precision == "stochastic":
-        like = None  # the seed of what is rounded at random is a part of the program
     length = RECIPES[config.method].room(config.sizes)
     room = functools.partial(
         make_room,

@@ -119,7 +119,8 @@ class Trainer:
     that has virtual tokens; `scale`, devices and numbers; `axes`, names of the axes of `params`;
     `products`, whether on a CPU it multiplies by `jpeft.cpu_products`; `options`, what else the
     model is called with; `like`, the `programs` of a trainer that differs in the numbers of
-    `params` and in `seed` alone, which are used in place of new ones.
+    `params` and in `seed` alone, which are used in place of new ones, unless numbers are rounded at
+    random.
 
     **Attributes:** `params`, with a shape in place of each array that nothing reads, since a copy
     of it is trained; `frozen`, the arrays that are read, by path, where the stage has them, in what
@@ -152,6 +153,8 @@ class Trainer:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
+        if self.scale.precision == "stochastic":
+            like = None  # the seed of what is rounded at random is a part of the program
         put("_uses", self.probe() if like is None else like.uses)
         put("_first", self._starting() if like is None else like.first)
         zero = self.scale.zero()

@@ -19,6 +19,7 @@ Places = tuple[int, int] | None
 
 
 def without_idle(x: Shaped[Array, "b s ..."], idle: Places) -> Shaped[Array, "b t ..."]:
+    """The other positions alone; all of them where none is idle."""
     if idle is None:
         return x
     return jnp.concatenate([x[:, : idle[0]], x[:, idle[1] :]], axis=1)

@@ -25,9 +25,13 @@ def shaken(state, size=0.3):
 
 
 def same(one, two):
-    """Bit for bit, and the same tree."""
+    """Bit for bit, of the same types, and the same tree."""
     assert jax.tree.structure(one) == jax.tree.structure(two)
-    jax.tree.map(np.testing.assert_array_equal, one, two)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), strict=True
+    ):
+        assert getattr(a, "dtype", None) == getattr(b, "dtype", None), path  # or a transform
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
 def fused(seed=0):

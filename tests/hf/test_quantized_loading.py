@@ -28,6 +28,7 @@ from jpeft.models.gpt2 import Gpt2
 from jpeft.models.gpt2_config import Gpt2Config
 from jpeft.models.llama import Llama, LlamaConfig
 from jpeft.paths import flatten
+from tests.hf.beside import same
 from tests.tiny import edit_config, write_model
 
 KEY = jax.random.key(0)
@@ -73,16 +74,6 @@ def read(kind, folder, **options):
 def folders(tmp_path_factory):
     """Kind to its directory."""
     return {k: write(k, tmp_path_factory.mktemp(k) / "model") for k in KERNELS}
-
-
-def same(one, two):
-    """Two trees of the same structure, bit for bit."""
-    assert jax.tree.structure(one) == jax.tree.structure(two)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), strict=True
-    ):
-        assert a.dtype == b.dtype, path
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize(
