@@ -29,7 +29,7 @@ KEPT = "jpeft_kept"
 def cpu_products(rewritten: Params, params: Params) -> Params:
     """The same parameters, whose products with activations have gradients made for a CPU.
 
-    It is for training in one float type, after `Transform.rewrite` and before `lift`:
+    It is for training, after `Transform.rewrite` and before `lift`:
 
     - A matrix that is trained whole has its gradient worked out by itself, activations first. Left
       to the compiler it is turned, and woven into the copy to where gradients of layers are
@@ -37,15 +37,18 @@ def cpu_products(rewritten: Params, params: Params) -> Params:
     - A matrix with a low-rank update multiplies by the sum `base + scale A B`, formed anew for each
       product of as many rows as the matrix has or more. The branch `(x A) B` goes over the
       activations several times, which costs more than the sum. What comes back to A and B goes
-      through their rank as before.
+      through their rank as before. On a base in bf16 the sum and the product are in the factors'
+      fp32, in which small updates are not lost, and the result is rounded.
+    - A product of bf16 whose result is wanted in fp32 (logits) is one of fp32: of the two that a
+      compiler may choose it is the faster one.
     - What goes back through a matrix, trained or not, is worked out before anything is made of it,
       where barriers are left in the program (see `by_layer`). Else the compiler can weave all from
       one norm to the next into one kernel, whose temporaries it holds beside the program's.
 
-    Everything else, such as a quantised base, another type, or dropout in the low-rank branch, is
-    multiplied as it was. Forward-mode derivatives (`jax.jvp`) are not defined through it. On an
-    accelerator leave it out: some round what they multiply to bf16, and the sum would lose small
-    updates.
+    Everything else, such as a quantised base or dropout in the low-rank branch, is multiplied as it
+    was. Forward-mode derivatives (`jax.jvp`) are not defined through it. On an accelerator leave it
+    out: some round what they multiply to bf16, and the sum would lose small updates; in bf16 also
+    on a CPU that multiplies it faster than fp32 (AMX).
 
     **Arguments:** `rewritten`, from `Transform.rewrite`; `params`, what was given to it: an array
     of two axes or more that is no longer the same is one that is trained.
@@ -107,20 +110,24 @@ class CpuProduct(Weight):
         x, wanted = call.operands[0], call.params["preferred_element_type"]
         if isinstance(x, Leaf) or any(map(len, batch)) or tuple(theirs) != (x.ndim - 1,):
             return None
-        if self.ndim != 2 or x.dtype != self.dtype or wanted not in (None, self.dtype):
+        wide = self.dtype if wanted is None else wanted
+        if self.ndim != 2 or x.dtype != self.dtype or jnp.promote_types(x.dtype, wide) != wide:
             return None
-        product = self._product(x, mine[0], call.params["precision"])
+        product = self._product(x.astype(wide), mine[0], call.params["precision"])
         if product is None:
             return None
-        return product(_apart(x.reshape(-1, x.shape[-1]))).reshape(*x.shape[:-1], -1)
+        flat = _apart(x.reshape(-1, x.shape[-1])).astype(wide)
+        return product(flat).reshape(*x.shape[:-1], -1)
 
     def _product(self, x: Array, axis: int, precision: Any) -> Callable[[Array], Array] | None:
         base = self.base
         if self.frozen:
-            return lambda flat: _dot(flat, base, (1, axis), precision)
+            return lambda flat: _dot(flat, base.astype(x.dtype), (1, axis), precision)
         if not isinstance(base, LowRank):
-            return lambda flat: _trained(flat, base, axis, precision)
-        if isinstance(base.base, Leaf) or base.a.dtype != x.dtype or x.size < x.shape[-1] ** 2:
+            return lambda flat: _trained(flat, base.astype(x.dtype), axis, precision)
+        if isinstance(base.base, Leaf) or x.size < x.shape[-1] ** 2:
+            return None
+        if jnp.promote_types(x.dtype, base.a.dtype) != base.a.dtype:
             return None
         if sorted(base.kinds) != ["i", "o"] or (base.key is not None and base.dropout):
             return None
@@ -166,7 +173,13 @@ _trained.defvjp(_trained_forward, _trained_backward)
 def _low_rank(
     x: Float[Array, "n k"], leaf: LowRank, axis: int, precision: Any
 ) -> Float[Array, "n m"]:
-    return _dot(x, leaf.materialise(), (1, axis), precision)
+    wide = leaf.a.dtype
+    return _dot(x.astype(wide), _sum(leaf), (1, axis), precision).astype(x.dtype)
+
+
+def _sum(leaf: LowRank) -> Array:
+    """The dense sum, not rounded to the base's type: an update may be less than that can tell."""
+    return dataclasses.replace(leaf, base=leaf.base.astype(leaf.a.dtype)).materialise()
 
 
 def _low_rank_forward(x: Any, leaf: Any, axis: int, precision: Any) -> Any:
@@ -175,10 +188,12 @@ def _low_rank_forward(x: Any, leaf: Any, axis: int, precision: Any) -> Any:
 
 def _low_rank_backward(axis: int, precision: Any, saved: Any, g: Any) -> Any:
     x, leaf = saved
-    dot = functools.partial(_dot, precision=precision)
+    short, dot = x.dtype, functools.partial(_dot, precision=precision)
+    x, g = x.astype(leaf.a.dtype), g.astype(leaf.a.dtype)
     # The sum is formed again: kept from the forward pass it would be a copy of the weights.
-    dx = dot(g, leaf.materialise(), (1, 1 - axis))
+    dx = dot(g, _sum(leaf), (1, 1 - axis)).astype(short)
     d_base = dot(*((x, g) if axis == 0 else (g, x)), (0, 0))  # of a frozen base nobody asks for it
+    d_base = d_base.astype(leaf.base.dtype)
     turned = leaf.kinds[axis] == "o"
     # (k, r) and (r, m), whichever of the factors comes first.
     first, second = (leaf.b.T, leaf.a.T) if turned else (leaf.a, leaf.b)

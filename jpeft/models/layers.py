@@ -20,12 +20,17 @@ CHEAP = 64
 Remat = bool | Callable[..., Any]
 
 
-def _pointwise(both: Callable[[Array], tuple[Array, Array]]) -> Callable[[Array], Array]:
+# A value and its derivative.
+_Both = Callable[[Array], tuple[Array, Array]]
+
+
+def _pointwise(both: _Both) -> Callable[[Array], Array]:
     """A function of each number, from one that gives its value and its derivative.
 
     The forward pass works out the derivative too, while what it needs is at hand, and the backward
-    pass keeps that one array.
+    pass keeps that one array. Both are worked out in fp32 and rounded once, as torch does.
     """
+    both = _in_fp32(both)
 
     @jax.custom_jvp
     def value(x: Array) -> Array:
@@ -37,6 +42,16 @@ def _pointwise(both: Callable[[Array], tuple[Array, Array]]) -> Callable[[Array]
         return y, slope * tangents[0]
 
     return value
+
+
+def _in_fp32(both: _Both) -> _Both:
+    """The same with shorter floats rounded at the end alone, not after every operation."""
+
+    def wide(x: Array) -> tuple[Array, Array]:
+        y, slope = both(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        return y.astype(x.dtype), slope.astype(x.dtype)
+
+    return wide
 
 
 def _gelu(x: Array) -> tuple[Array, Array]:
@@ -91,7 +106,7 @@ def gated(name: str) -> Callable[[Array, Array], Array]:
     """
     if name not in _BOTH:
         return lambda gate, up: ACTIVATIONS[name](gate) * up
-    both = _BOTH[name]
+    both = _in_fp32(_BOTH[name])
 
     @jax.custom_jvp
     def value(gate: Array, up: Array) -> Array:

@@ -71,12 +71,13 @@ def product(x, w, turned=False):
     return x @ (w.T if turned else w)
 
 
-def program(transform, x, kernel, turned=False, **more):
+def program(transform, x, kernel, turned=False, short=False, **more):
     """The step's program, whose gradients are the same with and without."""
     params = {"kernel": kernel}
     dense = jax.tree.map(lambda k: jnp.zeros(k.shape, x.dtype), params, is_leaf=jpeft.is_leaf)
     uses = jpeft.uses(lambda p, x: product(x, p["kernel"], turned), dense, x)
     state = jax.tree.map(lambda v: v + 0.1, transform.init(jax.random.key(1), params, uses=uses))
+    state = jpeft.cast(state, jnp.bfloat16) if short else state
     forward = jpeft.lift(lambda p, x: product(x, p["kernel"], turned))
 
     def loss(state, made):
@@ -102,14 +103,14 @@ def test_any_number_of_axes_and_a_turned_weight(turned, transform, shape):
 
 
 @pytest.mark.parametrize(
-    "case", ["few rows", "bf16", "dropout", "quantised", "rescaled", "three axes"]
+    "case", ["few rows", "factors in bf16", "dropout", "quantised", "rescaled", "three axes"]
 )
 def test_what_it_does_not_suit_is_as_it_was(case):
     x, kernel, transform, more = normal(1, (8, 4)), normal(2, (4, 5)), LORA, {}
     if case == "few rows":
         x = x[:3]
-    elif case == "bf16":
-        x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    elif case == "factors in bf16":
+        more = {"short": True}
     elif case == "dropout":
         transform = jpeft.LoRA(2, 4.0, "kernel", dropout=0.5)
         more = {"key": jax.random.key(7)}
@@ -120,6 +121,50 @@ def test_what_it_does_not_suit_is_as_it_was(case):
     else:
         transform, kernel = jpeft.Train("kernel"), normal(2, (4, 5))[None]
     assert "custom_vjp" not in program(transform, x, kernel, **more)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_on_a_base_in_bf16_small_updates_are_not_lost(turned):
+    # Beside 4096, bf16 has nothing nearer than 16: added to it, an update of 0.5 would be gone.
+    x = jnp.asarray([[1.0, -1.0]] * 2 + [[1.0, 1.0]] * 2, jnp.bfloat16)
+    params = {"kernel": jnp.full((2, 2), 4096, jnp.bfloat16)}
+    start = LORA.init(jax.random.key(0), params)
+    state = jax.tree.map(lambda v: jnp.asarray([[0.5, 0], [0, 0]], v.dtype), start)
+
+    def run(state, x):
+        rewritten = jpeft.cpu_products(LORA.rewrite(params, state), params)
+        return jpeft.lift(lambda p, x: product(x, p["kernel"], turned))(rewritten, x)
+
+    made = run(state, x)
+    assert made.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(made[:2].astype(np.float32), [[0.5, 0]] * 2)
+    state_grad, x_grad = jax.grad(lambda s, x: run(s, x)[0, 0].astype(jnp.float32), (0, 1))(
+        state, x
+    )
+    assert {g.dtype for g in jax.tree.leaves(state_grad)} == {jnp.dtype("float32")}
+    assert x_grad.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        jax.tree.leaves(state_grad)[0], [[1.0, 0], [-1.0, 0]] if not turned else [[1.0, 0], [0, 0]]
+    )
+
+
+@pytest.mark.parametrize("transform", [LORA, jpeft.Train("kernel"), None], ids=str)
+def test_a_result_wanted_in_fp32_is_not_rounded(transform):
+    x, kernel = normal(1, (6, 4)).astype(jnp.bfloat16), normal(2, (4, 5)).astype(jnp.bfloat16)
+    params = {"kernel": kernel}
+    rewritten = params
+    if transform is not None:
+        state = transform.init(jax.random.key(1), params)
+        rewritten = transform.rewrite(params, state)
+
+    def run(x, kernel):
+        return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+
+    made = jpeft.lift(lambda p, x: run(x, p["kernel"]))
+    found = made(jpeft.cpu_products(rewritten, params), x)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, run(x, kernel), rtol=1e-5, atol=1e-6)
+    assert np.abs(found - found.astype(jnp.bfloat16).astype(jnp.float32)).max() > 0
 
 
 def test_dropout_without_a_key_is_no_dropout():

@@ -53,6 +53,17 @@ def test_it_is_jaxs_activation(name):
     alike(*CURVES[name], jnp.linspace(-6, 6, 101))
 
 
+@pytest.mark.parametrize("name", CURVES)
+def test_in_bf16_an_activation_is_fp32s_rounded_once(name):
+    mine, theirs = CURVES[name]
+    x = jnp.linspace(-6, 6, 101).astype(jnp.bfloat16)
+    wide = x.astype(jnp.float32)
+    want = jax.vmap(jax.value_and_grad(theirs))(wide)
+    for a, b in zip(jax.vmap(jax.value_and_grad(mine))(x), want, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "f", [OURS["layer"], OURS["rms"], *(lambda f=f: f for f, _ in CURVES.values())]
 )
