@@ -5,10 +5,11 @@ other sleeps. The ratio is taken within each pair of turns, so that a machine th
 slows both. Before any timing the two must agree on the loss of the first batch.
 
 HF PEFT has no bottleneck adapters: the peer's row `adapter` is plain torch modules on the model of
-transformers. Its `qlora` is bitsandbytes' 4-bit layers. Memory on a CPU is what a step adds to the
-process after its imports, by processes of their own, with the C library's allocator as it is and as
-it is set up for speed: of each side the lower one. On a GPU it is the most that the allocator gave
-out, which for JAX counts loading too.
+transformers. Its `qlora` is bitsandbytes' 4-bit layers. On a CPU this package's commands set up the
+C library's allocator, which serves the peer as well: it runs as its users start it, and once more
+with that setting. Memory on a CPU is what a step adds to the process after its imports, by
+processes of their own. On a GPU it is the most that the allocator gave out, which for JAX counts
+loading too.
 
 Without arguments: the rows of `--preset cpu`, on a GPU of `--preset gpu`.
 """
@@ -178,6 +179,8 @@ def main(config: Config, console: Console | None = None) -> list[Row]:
                 result["left_out"].append(dataclasses.asdict(case) | {"reason": left})
             result["rows"] = [dataclasses.asdict(r) for r in rows]
             _save(config.out, result)
+            if rows:  # a run that is cut has its plot
+                peer_shown.draw(config.out, rows, peer_shown.source_of(result), Console(quiet=True))
     result |= {"finished": True, "seconds": time.perf_counter() - begun}
     _save(config.out, result)
     for shown in peer_shown.tables(rows):
@@ -204,7 +207,9 @@ def _row(case: Case, options: Options, scratch: pathlib.Path, console: Console) 
             peer_model.write(case.model, case.precision, folder, about)
         row = measure(case, options, folder, tell)
     note = f" ({row.note})" if row.note else ""
-    console.print(f"{case.name}: {row.ratio:.2f} times as fast{note}", highlight=False)
+    alike = f", {row.tuned_ratio[1]:.2f} with {peer_shown.ALIKE}" if row.tuned_ratio else ""
+    told = f"{case.name}: {row.ratio:.2f} times as fast{alike}{note}"
+    console.print(told, highlight=False, soft_wrap=True)
     return row
 
 

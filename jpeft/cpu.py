@@ -111,7 +111,9 @@ class CpuProduct(Weight):
         if isinstance(x, Leaf) or any(map(len, batch)) or tuple(theirs) != (x.ndim - 1,):
             return None
         wide = self.dtype if wanted is None else wanted
-        if self.ndim != 2 or x.dtype != self.dtype or jnp.promote_types(x.dtype, wide) != wide:
+        if self.ndim != 2 or x.dtype != self.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+            return None
+        if jnp.promote_types(x.dtype, wide) != wide:
             return None
         product = self._product(x.astype(wide), mine[0], call.params["precision"])
         if product is None:

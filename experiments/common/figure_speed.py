@@ -16,15 +16,20 @@ def peers() -> str:
             f"{row['model']}, {row['method']}, {row['precision']}, {row['shape']}",
             f"{row['tokens_per_second']['jpeft']:,.0f}",
             f"{row['tokens_per_second']['peft']:,.0f}",
-            f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
-            f"{1 / row['mfu']['peft']:.2f}",
-            f"{row['eval']['ratio']:.2f}",
-            f"{row['memory_ratio']:.2f}",
+            _spread(row["ratio_low"], row["ratio"], row["ratio_high"]),
+            _spread(*row["tuned_ratio"]),
+            f"{1 / row['mfu']['peft_tuned']:.2f}",
+            f"{row['eval']['ratio']:.2f}, {row['eval']['tuned_ratio'][1]:.2f}",
+            f"{row['memory_ratio']:.2f}, {row['tuned_memory_ratio']:.2f}",
         ]
         for row in r["rows"]
     ]
-    header = ["row", "jpeft, tokens/s", "HF PEFT, tokens/s", "ratio", "products", "evaluation"]
-    return markdown([*header, "memory"], rows) + f"\n\n{source(r)}."
+    header = ["row", "jpeft, tokens/s", "HF PEFT, tokens/s", "ratio", "to `tuned`", "products"]
+    return markdown([*header, "evaluation", "memory"], rows) + f"\n\n{source(r)}."
+
+
+def _spread(low: float, middle: float, high: float) -> str:
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def peers_gpu() -> str:

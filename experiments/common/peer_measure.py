@@ -16,6 +16,7 @@ from experiments.common.peers import (
     COMPILED,
     EAGER,
     OURS,
+    TUNED,
     DisagreementError,
     Job,
     PeerError,
@@ -52,7 +53,8 @@ class Speed:
     """Tokens a second of each side, medians over rounds, and ratios to the eager peer's.
 
     **Attributes:** `ratio`, the median of those within rounds, with the lowest and the highest;
-    `compiled_ratio`, the same to the compiled peer's, or None.
+    `compiled_ratio` and `tuned_ratio`, the same to the compiled peer's and to the eager one's with
+    our allocator, or None.
     """
 
     tokens_per_second: dict[str, float]
@@ -60,6 +62,7 @@ class Speed:
     ratio_low: float
     ratio_high: float
     compiled_ratio: tuple[float, float, float] | None = None
+    tuned_ratio: tuple[float, float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,8 @@ class Row:
     matrix_flops_per_second: float | None = None
     matrix_rates: dict[str, float] | None = None
     mfu: dict[str, float] | None = None
+    tuned_ratio: tuple[float, float, float] | None = None
+    tuned_memory_ratio: float | None = None
     profile: dict[str, float] | None = None
     note: str = ""
 
@@ -104,9 +109,19 @@ class Row:
 def speed_of(speeds: Mapping[str, Sequence[float]]) -> Speed:
     """Medians, and ratios within rounds, of each side's tokens a second by round."""
     low, middle, high = ratios(speeds[OURS], speeds[EAGER])
-    compiled = ratios(speeds[OURS], speeds[COMPILED]) if COMPILED in speeds else None
+    compiled, tuned = (
+        ratios(speeds[OURS], speeds[side]) if side in speeds else None for side in (COMPILED, TUNED)
+    )
     medians = {side: statistics.median(v) for side, v in speeds.items()}
-    return Speed(medians, middle, low, high, compiled)
+    return Speed(medians, middle, low, high, compiled, tuned)
+
+
+def theirs(options: Options) -> tuple[str, ...]:
+    """The peer as it is; on a CPU whose C library's allocator our commands set up, with that too;
+    compiled, if so wanted.
+    """
+    tuned = options.device == "cpu" and bool(malloc_environment())
+    return (EAGER, *((TUNED,) if tuned else ()), *((COMPILED,) if options.compiled else ()))
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
@@ -159,7 +174,7 @@ def measure(
     train: Speed = found["train"]
     flops, rate = step_flops(own, case.method, case.length), max(found["rates"].values())
     mfu = {side: x * flops / rate for side, x in train.tokens_per_second.items()}
-    ours, theirs = memory[OURS], memory[EAGER]
+    over = {side: _over(memory[OURS], memory.get(side)) for side in (EAGER, TUNED)}
     return Row(
         model=pathlib.Path(case.model).name,
         method=case.method,
@@ -174,7 +189,7 @@ def measure(
         generation=found["generation"],
         generation_shape=options.generation.shape if options.generation else None,
         memory_mib=memory,
-        memory_ratio=ours / theirs if ours and theirs else None,
+        memory_ratio=over[EAGER],
         program_mib=program,
         start=start,
         first_loss=found["first"],
@@ -184,6 +199,8 @@ def measure(
         matrix_flops_per_second=rate,
         matrix_rates=found["rates"],
         mfu=mfu,
+        tuned_ratio=train.tuned_ratio,
+        tuned_memory_ratio=over[TUNED],
         profile=found["profile"],
         note=found["note"],
     )
@@ -197,7 +214,7 @@ def _timed(
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         starts: dict[str, dict[str, Any]] = {}
-        for side in (OURS, EAGER, *((COMPILED,) if options.compiled else ())):
+        for side in (OURS, *theirs(options)):
             tell(f"{side} starts")
             worker = stack.enter_context(Worker(side, job))
             try:
@@ -287,27 +304,21 @@ class _Turns:
 def _memory(
     options: Options, job: Job, measured: dict[str, Any], tell: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Each side's peak, where it was not `measured`, in a process alone: on a CPU with the C
-    library's allocator as it is, and as it is set up for speed, whichever is lower; and our start
-    again, now that its programs are in the cache.
+    """Each side's peak, where it was not `measured`, in a process alone; and our start again, now
+    that its programs are in the cache.
     """
     answers, warm = dict(measured), {}
-    settings = (False, True) if malloc_environment() and not measured else (False,)
-    for side in (OURS,) if measured else (OURS, EAGER):
+    for side in (OURS,) if measured else (OURS, *(s for s in theirs(options) if s != COMPILED)):
         tell(f"{side}'s memory")
-        for tuned in settings:
-            with Worker(side, job, tuned=tuned) as worker:
-                started = worker.ask("start")
-                if side == OURS:
-                    warm = warm or started["start"]
-                if side not in measured:
-                    found = worker.ask("memory")
-                    answers[side] = _lower(answers.get(side), found)
+        with Worker(side, job) as worker:
+            started = worker.ask("start")
+            if side == OURS:
+                warm = started["start"]
+            if side not in measured:
+                answers[side] = worker.ask("memory")
     memory = {side: answer["peak_mib"] for side, answer in answers.items()}
     return memory | {"program": answers[OURS]["program_mib"]}, warm
 
 
-def _lower(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
-    if one is None or one["peak_mib"] is None:
-        return other
-    return min(one, other, key=lambda answer: answer["peak_mib"])
+def _over(ours: float | None, other: float | None) -> float | None:
+    return ours / other if ours and other else None

@@ -13,6 +13,9 @@ from experiments.common.peer_measure import Row, Speed
 from experiments.common.peers import COMPILED, EAGER, OURS
 from experiments.common.plots import COLOURS, figure
 
+# What a column says of the peer that has our setting of the allocator.
+ALIKE = "its allocator as ours"
+
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Training; the forward pass and generation; memory; the time to the first step; the profile,
@@ -27,12 +30,19 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 def training(rows: Sequence[Row]) -> Table:
     """Speeds and ratios, and on a GPU the share of its rate."""
     mfu, compiled = any(r.mfu for r in rows), any(r.compiled_ratio for r in rows)
+    tuned = any(r.tuned_ratio for r in rows)
     names = ["tokens/s", "ratio", "lowest to highest"]
-    names += (["to compiled"] if compiled else []) + (["MFU, %"] if mfu else [])
+    names += (
+        ([ALIKE] if tuned else [])
+        + (["to compiled"] if compiled else [])
+        + (["MFU, %"] if mfu else [])
+    )
     out = _table(f"training, {OURS} / HF PEFT: medians, ratios within rounds", names)
     for r in rows:
         span = f"{r.ratio_low:.2f} to {r.ratio_high:.2f}"
         cells = [both(r.tokens_per_second), f"{r.ratio:.2f}", span]
+        if tuned:
+            cells.append(f"{r.tuned_ratio[1]:.2f}" if r.tuned_ratio else "")
         if compiled:
             cells.append(f"{r.compiled_ratio[1]:.2f}" if r.compiled_ratio else "")
         if mfu:
@@ -53,12 +63,20 @@ def forward(rows: Sequence[Row]) -> Table:
 
 def memory(rows: Sequence[Row]) -> Table:
     """The peak of a step, and what our compiled step states."""
-    names = ["peak MiB", "ratio", f"{OURS}'s arguments and temporaries"]
+    tuned = any(r.tuned_memory_ratio for r in rows)
+    names = [
+        "peak MiB",
+        "ratio",
+        *([ALIKE] if tuned else []),
+        f"{OURS}'s arguments and temporaries",
+    ]
     out = _table(f"memory of a training step, {OURS} / HF PEFT", names)
     for r in rows:
         ratio = f"{r.memory_ratio:.2f}" if r.memory_ratio else ""
         program = f"{r.program_mib:,.0f}" if r.program_mib is not None else ""
-        out.add_row(title(r, "\n"), both(r.memory_mib), ratio, program)
+        alike = f"{r.tuned_memory_ratio:.2f}" if r.tuned_memory_ratio else ""
+        cells = [ratio, *([alike] if tuned else []), program]
+        out.add_row(title(r, "\n"), both(r.memory_mib), *cells)
     return out
 
 
@@ -109,6 +127,13 @@ def _speed(speed: Speed | None) -> list[str]:
     return ["", ""] if speed is None else [both(speed.tokens_per_second), f"{speed.ratio:.2f}"]
 
 
+def _alike(row: Row) -> Speed | None:
+    if row.tuned_ratio is None:
+        return None
+    low, middle, high = row.tuned_ratio
+    return Speed({}, middle, low, high)
+
+
 def _start(parts: Mapping[str, float]) -> str:
     return f"{sum(parts.values()):.1f} = " + " + ".join(f"{s:.1f}" for s in parts.values())
 
@@ -121,6 +146,7 @@ def draw(out: pathlib.Path | None, rows: Sequence[Row], source: str, console: Co
             return
         parts: list[tuple[str, list[Speed | None]]] = [
             ("training", [Speed({}, r.ratio, r.ratio_low, r.ratio_high) for r in rows]),
+            (f"training, {ALIKE}", [_alike(r) for r in rows]),
             ("evaluation", [r.eval for r in rows]),
             ("generation", [r.generation for r in rows]),
         ]

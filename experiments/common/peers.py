@@ -28,6 +28,8 @@ from experiments.common.runtime import malloc_environment
 
 Job = dict[str, Any]
 OURS, EAGER, COMPILED = "jpeft", "peft", "peft_compiled"
+# The eager peer again, with the allocator set up as this package's commands set it up.
+TUNED = "peft_tuned"
 RATE_ROUNDS = 20
 # What a user can do something about: told without a traceback.
 _TOLD = (ImportError, OSError, ValueError, RuntimeError)
@@ -70,19 +72,16 @@ class Side(Protocol):
 
 
 class Worker:
-    """One side, started and waiting; `ask` sends it a command and waits for the answer.
+    """One side, started and waiting; `ask` sends it a command and waits for the answer."""
 
-    **Arguments:** `tuned`, with an allocator set up to be faster on a CPU, for both sides.
-    """
-
-    def __init__(self, side: str, job: Job, tuned: bool = True) -> None:
+    def __init__(self, side: str, job: Job) -> None:
         self.side = side
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, side, json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment(job["device"], job["threads"], tuned),
+            env=environment(job["device"], job["threads"], tuned=side in (OURS, TUNED)),
         )
 
     def __enter__(self) -> Self:
@@ -116,13 +115,10 @@ class Worker:
 def environment(device: str, threads: int, tuned: bool) -> dict[str, str]:
     """What a side's process is started with.
 
-    **Arguments:** `device`, cpu or gpu; `threads`, 0 for all cores; `tuned`, see `Worker`.
+    **Arguments:** `device`, cpu or gpu; `threads`, 0 for all cores; `tuned`, whether the C
+    library's allocator is set up as this package's commands set it up.
     """
-    own = dict(os.environ)
-    if tuned:
-        own |= malloc_environment()
-    else:
-        own.pop("GLIBC_TUNABLES", None)
+    own = dict(os.environ) | (malloc_environment() if tuned else {})
     own |= {
         "OMP_NUM_THREADS": str(threads or os.cpu_count() or 1),
         "HF_HUB_OFFLINE": "1",

@@ -167,6 +167,18 @@ def test_a_result_wanted_in_fp32_is_not_rounded(transform):
     assert np.abs(found - found.astype(jnp.bfloat16).astype(jnp.float32)).max() > 0
 
 
+def test_products_of_integers_are_as_they_were():
+    x, kernel = jnp.ones((4, 4), jnp.int8), jnp.full((4, 4), 3, jnp.int8)
+
+    def run(kernel):
+        made = jpeft.lift(lambda w, x: jnp.dot(x, w, preferred_element_type=jnp.int32))
+        return made(jpeft.cpu_products({"w": kernel}, {"w": kernel})["w"], x)
+
+    assert str(jax.make_jaxpr(run)(kernel)).count("i32[4,4] = dot_general") == 1
+    assert "convert" not in str(jax.make_jaxpr(run)(kernel))
+    np.testing.assert_array_equal(run(kernel), np.full((4, 4), 12))
+
+
 def test_dropout_without_a_key_is_no_dropout():
     transform = jpeft.LoRA(2, 4.0, "kernel", dropout=0.5)
     assert "custom_vjp" in program(transform, normal(1, (8, 4)), normal(2, (4, 5)))

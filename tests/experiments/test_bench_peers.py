@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from experiments.common.peer_cases import Case, Generation, preset, product
 from experiments.common.peer_flops import forward_flops, products, rate_sizes, step_flops
 from experiments.common.peer_measure import Row, agree, ratios, speed_of
 from experiments.common.peers import DisagreementError, PeerError, environment
+from experiments.common.runtime import malloc_environment
 from jpeft.hf import save_model
 from jpeft.models.gpt2 import Gpt2, Gpt2Config
 from jpeft.models.llama import Llama, LlamaConfig
@@ -107,7 +109,7 @@ def test_decoders_agree_and_generate(decoders, name, method):
 @pytest.mark.interop
 @pytest.mark.slow
 def test_the_whole_command(bert, tmp_path, monkeypatch):
-    monkeypatch.setattr(peer_measure, "malloc_environment", dict)  # memory in one setting
+    monkeypatch.setattr(peer_measure, "malloc_environment", dict)  # the peer in one setting
     for name in ("torch", "transformers", "peft"):
         pytest.importorskip(name)
     options = {"models": (str(bert),), "shapes": ("4x8",), "out": tmp_path / "out"}
@@ -137,7 +139,8 @@ def test_the_whole_command(bert, tmp_path, monkeypatch):
 
 def row_of(case):
     """A row as if measured."""
-    speed = speed_of({"jpeft": [4.0, 6.0, 9.0], "peft": [2.0, 2.0, 2.0]})
+    own = {"jpeft": [4.0, 6.0, 9.0], "peft": [2.0, 2.0, 2.0], "peft_tuned": [3.0, 3.0, 3.0]}
+    speed = speed_of(own)
     return Row(
         model=case.model,
         method=case.method,
@@ -148,6 +151,8 @@ def row_of(case):
         ratio_low=speed.ratio_low,
         ratio_high=speed.ratio_high,
         compiled_ratio=None,
+        tuned_ratio=speed.tuned_ratio,
+        tuned_memory_ratio=0.75,
         eval=speed,
         generation=None,
         generation_shape=None,
@@ -184,6 +189,7 @@ def test_a_row_that_cannot_be_measured_is_left_out(monkeypatch, tmp_path, error)
     text = console.export_text()
     assert "is left out" in text
     assert "50 / 25" in text  # the shares of the device's rate
+    assert text.count("its allocator as ours") >= 3  # the row, training, memory
 
 
 def test_a_run_that_is_cut_keeps_its_rows(monkeypatch, tmp_path):
@@ -200,6 +206,7 @@ def test_a_run_that_is_cut_keeps_its_rows(monkeypatch, tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert not result["finished"]
     assert len(result["rows"]) == 1
+    assert (tmp_path / "bench_peers.png").exists() == (find_spec("matplotlib") is not None)
 
 
 def test_no_row_is_begun_when_the_time_is_over(monkeypatch):
@@ -240,7 +247,7 @@ def test_a_prefix_needs_positions(bert):
 
 
 def test_presets_and_products():
-    assert len(preset("cpu")) == 14
+    assert len(preset("cpu")) == 15
     assert {c.model for c in preset("gpu")} == {"llama-3.2-1b", "llama-3-8b"}
     assert bench_peers.cases(bench_peers.Config(), "gpu") == preset("gpu")
     assert not any(c.remat for c in bench_peers.cases(bench_peers.Config(remat="no"), "gpu"))
@@ -255,6 +262,8 @@ def test_ratios_are_within_rounds():
     speed = speed_of({"jpeft": [2.0, 4.0], "peft": [1.0, 1.0], "peft_compiled": [2.0, 2.0]})
     assert speed.ratio == 3.0
     assert speed.compiled_ratio == (1.0, 1.5, 2.0)
+    assert speed.tuned_ratio is None
+    assert speed_of({"jpeft": [3.0], "peft": [1.0], "peft_tuned": [2.0]}).tuned_ratio == (1.5,) * 3
 
 
 def test_disagreement_is_an_error():
@@ -302,18 +311,22 @@ def test_the_environment_of_a_side(monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "a=1")
     assert environment("cpu", 3, tuned=True)["GLIBC_TUNABLES"] == "a=1"
     plain = environment("cpu", 3, tuned=False)
-    assert "GLIBC_TUNABLES" not in plain
+    assert plain["GLIBC_TUNABLES"] == "a=1"  # the user's own is for all sides
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    assert "GLIBC_TUNABLES" not in environment("cpu", 3, tuned=False)
+    own = environment("cpu", 3, tuned=True).get("GLIBC_TUNABLES")
+    assert own == malloc_environment().get("GLIBC_TUNABLES")
     assert (plain["OMP_NUM_THREADS"], plain["JAX_PLATFORMS"]) == ("3", "cpu")
     assert environment("gpu", 0, tuned=True)["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
 
 
-def test_a_side_has_the_allocator_that_costs_it_less(monkeypatch):
-    peaks = {(side, tuned): 3.0 + tuned for side in ("jpeft", "peft") for tuned in (False, True)}
-    peaks["peft", True] = 2.0
+def test_the_peer_runs_as_it_is_and_with_our_allocator(monkeypatch):
+    started = []
 
     class Fake:
-        def __init__(self, side, job, tuned):
-            self.key = side, tuned
+        def __init__(self, side, job):
+            started.append(side)
+            self.side = side
 
         def __enter__(self):
             return self
@@ -323,19 +336,25 @@ def test_a_side_has_the_allocator_that_costs_it_less(monkeypatch):
 
         def ask(self, command):
             if command == "start":
-                return {"start": {"tuned": self.key[1]}}
-            return {"peak_mib": peaks[self.key], "program_mib": 1.0}
+                return {"start": {"side": self.side}}
+            peak = {"jpeft": 3.0, "peft": 4.0, "peft_tuned": 2.0}[self.side]
+            return {"peak_mib": peak, "program_mib": 1.0}
 
     monkeypatch.setattr(peer_measure, "Worker", Fake)
+    options = peer_measure.Options(2, 4, 1.0, 0, True, False, "cpu", None)
     monkeypatch.setattr(peer_measure, "malloc_environment", lambda: {"GLIBC_TUNABLES": "x"})
-    found, warm = peer_measure._memory(None, {}, {}, lambda _: None)
-    assert found == {"jpeft": 3.0, "peft": 2.0, "program": 1.0}
-    assert warm == {"tuned": False}
+    assert peer_measure.theirs(options) == ("peft", "peft_tuned", "peft_compiled")
+    found, warm = peer_measure._memory(options, {}, {}, lambda _: None)
+    assert found == {"jpeft": 3.0, "peft": 4.0, "peft_tuned": 2.0, "program": 1.0}
+    assert warm == {"side": "jpeft"}
+    assert started == ["jpeft", "peft", "peft_tuned"]
+    on_gpu = dataclasses.replace(options, device="gpu", compiled=False)
+    assert peer_measure.theirs(on_gpu) == ("peft",)
+    monkeypatch.setattr(peer_measure, "malloc_environment", dict)
+    assert peer_measure.theirs(dataclasses.replace(options, compiled=False)) == ("peft",)
     given = {"jpeft": {"peak_mib": 7.0, "program_mib": 6.0}}
-    assert peer_measure._memory(None, {}, given, lambda _: None)[0] == {
-        "jpeft": 7.0,
-        "program": 6.0,
-    }
+    alone = peer_measure._memory(on_gpu, {}, given, lambda _: None)[0]
+    assert alone == {"jpeft": 7.0, "program": 6.0}
 
 
 def test_the_kinds_of_a_trace_add_up():
