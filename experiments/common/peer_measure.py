@@ -70,8 +70,9 @@ class Row:
     """One row's measurement; speeds of training stand in the row itself, as a `Speed` has them.
 
     **Attributes:** `eval`, the forward pass; `generation`, of decoders, with its `shape`;
-    `memory_mib`, the peak of a step; `program_mib`, arguments and temporaries of our compiled
-    step; `start`, seconds to the first step by side, ours with an empty cache of compiled programs
+    `memory_mib`, the peak of a step, with ratios to the peer's as it is and
+    (`tuned_memory_ratio`) with our allocator; `program_mib`, arguments and temporaries of our
+    compiled step; `start`, seconds to the first step by side, ours with an empty cache of compiled programs
     and (`jpeft_warm`) a full one; `matrix_rates`, flops a second of one product by side, and the
     higher of them; `mfu`, by side, of that rate; `profile`, milliseconds of our step by kind;
     `note`, what could not be measured.
@@ -116,7 +117,7 @@ def speed_of(speeds: Mapping[str, Sequence[float]]) -> Speed:
     return Speed(medians, middle, low, high, compiled, tuned)
 
 
-def theirs(options: Options) -> tuple[str, ...]:
+def peers_of(options: Options) -> tuple[str, ...]:
     """The peer as it is; on a CPU whose C library's allocator our commands set up, with that too;
     compiled, if so wanted.
     """
@@ -214,7 +215,7 @@ def _timed(
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         starts: dict[str, dict[str, Any]] = {}
-        for side in (OURS, *theirs(options)):
+        for side in (OURS, *peers_of(options)):
             tell(f"{side} starts")
             worker = stack.enter_context(Worker(side, job))
             try:
@@ -308,7 +309,7 @@ def _memory(
     that its programs are in the cache.
     """
     answers, warm = dict(measured), {}
-    for side in (OURS,) if measured else (OURS, *(s for s in theirs(options) if s != COMPILED)):
+    for side in (OURS,) if measured else (OURS, *(s for s in peers_of(options) if s != COMPILED)):
         tell(f"{side}'s memory")
         with Worker(side, job) as worker:
             started = worker.ask("start")

@@ -1,11 +1,10 @@
-"""The comparison with HF PEFT: rows, errors, figures; the trace of a step."""
+"""The comparison with HF PEFT: rows, errors, figures."""
 
 import dataclasses
 import json
 from importlib.util import find_spec
 
 import jax
-import jax.numpy as jnp
 import pytest
 from flax import nnx
 from rich.console import Console
@@ -343,42 +342,18 @@ def test_the_peer_runs_as_it_is_and_with_our_allocator(monkeypatch):
     monkeypatch.setattr(peer_measure, "Worker", Fake)
     options = peer_measure.Options(2, 4, 1.0, 0, True, False, "cpu", None)
     monkeypatch.setattr(peer_measure, "malloc_environment", lambda: {"GLIBC_TUNABLES": "x"})
-    assert peer_measure.theirs(options) == ("peft", "peft_tuned", "peft_compiled")
+    assert peer_measure.peers_of(options) == ("peft", "peft_tuned", "peft_compiled")
     found, warm = peer_measure._memory(options, {}, {}, lambda _: None)
     assert found == {"jpeft": 3.0, "peft": 4.0, "peft_tuned": 2.0, "program": 1.0}
     assert warm == {"side": "jpeft"}
     assert started == ["jpeft", "peft", "peft_tuned"]
     on_gpu = dataclasses.replace(options, device="gpu", compiled=False)
-    assert peer_measure.theirs(on_gpu) == ("peft",)
+    assert peer_measure.peers_of(on_gpu) == ("peft",)
     monkeypatch.setattr(peer_measure, "malloc_environment", dict)
-    assert peer_measure.theirs(dataclasses.replace(options, compiled=False)) == ("peft",)
+    assert peer_measure.peers_of(dataclasses.replace(options, compiled=False)) == ("peft",)
     given = {"jpeft": {"peak_mib": 7.0, "program_mib": 6.0}}
     alone = peer_measure._memory(on_gpu, {}, given, lambda _: None)[0]
     assert alone == {"jpeft": 7.0, "program": 6.0}
-
-
-def test_the_kinds_of_a_trace_add_up():
-    events = [(0.0, 4.0, "matrix products"), (2.0, 4.0, "copies"), (6.0, 8.0, "attention")]
-    found = trace.shares(events)
-    assert found["matrix products"] == 3
-    assert found["copies"] == 1
-    assert found["idle"] == 2
-    assert sum(found.values()) == 8
-    assert sum(trace.shares([]).values()) == 0
-
-
-def test_kinds_of_operations():
-    def run(x, w):
-        y = jnp.tanh(x @ w)
-        return jnp.einsum("btd,bsd->bts", y, y).sum()
-
-    x, w = jnp.ones((2, 8, 4)), jnp.ones((4, 4))
-    kinds = trace.kinds_of(jax.jit(run).lower(x, w).compile().as_text())
-    assert {"matrix products", "attention", "element-wise"} <= set(kinds.values())
-    assert trace.by_name("sm90_xmma_gemm_bf16") == "matrix products"
-    assert trace.by_name("cudnn_fmha_forward") == "attention"
-    assert trace.by_name("MemcpyD2D") == "copies"
-    assert trace.by_name("loop_add_fusion") == "element-wise"
 
 
 def test_a_plot_has_every_row(tmp_path):
