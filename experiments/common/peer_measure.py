@@ -72,9 +72,9 @@ class Row:
     **Attributes:** `eval`, the forward pass; `generation`, of decoders, with its `shape`;
     `memory_mib`, the peak of a step, with ratios to the peer's as it is and
     (`tuned_memory_ratio`) with our allocator; `program_mib`, arguments and temporaries of our
-    compiled step; `start`, seconds to the first step by side, ours with an empty cache of compiled programs
-    and (`jpeft_warm`) a full one; `matrix_rates`, flops a second of one product by side, and the
-    higher of them; `mfu`, by side, of that rate; `profile`, milliseconds of our step by kind;
+    compiled step; `start`, seconds to the first step by side, ours with an empty cache of compiled
+    programs and (`jpeft_warm`) a full one; `matrix_rates`, flops a second of one product by side,
+    and the higher of them; `mfu`, by side, of that rate; `profile`, milliseconds of our step by kind;
     `note`, what could not be measured.
     """
 
