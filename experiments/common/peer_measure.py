@@ -74,8 +74,8 @@ class Row:
     (`tuned_memory_ratio`) with our allocator; `program_mib`, arguments and temporaries of our
     compiled step; `start`, seconds to the first step by side, ours with an empty cache of compiled
     programs and (`jpeft_warm`) a full one; `matrix_rates`, flops a second of one product by side,
-    and the higher of them; `mfu`, by side, of that rate; `profile`, milliseconds of our step by kind;
-    `note`, what could not be measured.
+    and the higher of them; `mfu`, by side, of that rate; `profile`, milliseconds of our step by
+    kind; `note`, what could not be measured.
     """
 
     model: str
