@@ -46,6 +46,7 @@ def command(
     if getattr(config, "processes", 1) > 1:
         runtime.share_device()
     runtime.cache_programs(cache() / "compiled")
+    runtime.one_at_a_time()
     console = Console()
     try:
         initialise()

@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -74,7 +75,11 @@ def train(
     iterator: Any = iter(batches)
     state = trainer.init()
     progress = Progress()
-    with _checkpoints(trainer, folder) as saved, stop_on_signals() as stopping:
+    with (
+        _checkpoints(trainer, folder) as saved,
+        stop_on_signals() as stopping,
+        ThreadPoolExecutor(1) as beside,
+    ):
         if resume and saved is not None and saved.latest() is not None:
             state, about = saved.restore(state)
             iterator.set_state(about["data"])
@@ -86,9 +91,11 @@ def train(
             at = iterator.get_state() if saved else None
             start = time.perf_counter()
             key = trainer.key(progress.step)
+            # While the step is at work the next batch is made.
+            more = progress.step + 1 < steps
+            upcoming = beside.submit(next, iterator) if more else None
             state, metrics = trainer.step(state, trainer.frozen, batch, key)
-            # The step is at work: the next batch is made meanwhile.
-            upcoming = next(iterator) if progress.step + 1 < steps else None
+            following = None if upcoming is None else upcoming.result()
             value = float(metrics["loss"])
             _record(progress, batch, value, time.perf_counter() - start, compiled)
             log(
@@ -98,7 +105,7 @@ def train(
                     "tokens_per_second": progress.tokens_per_second,
                 }
             )
-            batch, last = upcoming, progress.step == steps
+            batch, last = following, progress.step == steps
             signal = 0 if last else stopping()
             if saved and (last or signal or progress.step % save_every == 0):
                 about = {"progress": dataclasses.asdict(progress), "data": at}

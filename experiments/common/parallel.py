@@ -151,6 +151,7 @@ def _work(pipe: connection.Connection, programs: str | None) -> None:
     os.setsid()
     threading.Thread(target=_orphaned, daemon=True).start()
     runtime.share_device()
+    runtime.one_at_a_time()
     if programs:
         runtime.cache_programs(pathlib.Path(programs))
     while True:

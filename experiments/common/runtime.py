@@ -73,3 +73,14 @@ def cache_programs(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def one_at_a_time() -> None:
+    """On a CPU have a call return when it is done, its temporary memory free again. Results are
+    there a little before that is, and what starts then takes memory beside it, of the same size.
+
+    It has to be said before JAX's first use of the CPU.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)

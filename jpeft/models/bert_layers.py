@@ -109,6 +109,22 @@ class SelfAttention(nnx.Module):
     def __init__(self, parts: Parts) -> None:
         d = parts.config.hidden_size
         self.query, self.key, self.value = (parts.linear(d, d) for _ in range(3))
+        self.dtype = parts.dtype
+
+    def __call__(
+        self, x: Float[Array, "b t d"], at: int | None, idle: Places
+    ) -> tuple[Float[Array, "b q d"], Float[Array, "b s d"], Float[Array, "b s d"]]:
+        """The query of every position or the one `at`; keys and values of the `idle` ones too."""
+        query = self.query(x if at is None else x[:, at : at + 1])
+        return query, self._seen(self.key, x, idle), self._seen(self.value, x, idle)
+
+    def _seen(self, linear: nnx.Linear, x: Float[Array, "b t d"], idle: Places) -> Any:
+        if idle is None:
+            return linear(x)
+        # Where nothing stands there is nothing to multiply, but the bias is there.
+        assert linear.bias is not None
+        y = x @ linear.kernel[...].astype(self.dtype)
+        return with_idle(y, idle) + linear.bias[...].astype(self.dtype)
 
 
 class Output(nnx.Module):
@@ -150,11 +166,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b q d"]:
         """The attention block, residual and norm included."""
         asking = x if at is None else x[:, at : at + 1]
-        seen = with_idle(x, idle)
         mixed = attention(
-            self.self.query(asking),
-            self.self.key(seen),
-            self.self.value(seen),
+            *self.self(x, at, idle),
             keep,
             heads=self.config.num_attention_heads,
             rate=self.config.attention_probs_dropout_prob,
