@@ -172,7 +172,8 @@ def draw(out: pathlib.Path | None, rows: Sequence[Row], source: str, console: Co
         axes.set_xlim(left=0)
         axes.set_xlabel(f"{OURS}'s tokens/s over HF PEFT's (lines: lowest to highest round)")
         axes.set_ylabel("model and row")
-        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(parts))
+        columns = min(len(parts), 3)
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=columns)
         axes.grid(alpha=0.3, axis="x")
 
 
