@@ -112,13 +112,13 @@ class SelfAttention(nnx.Module):
         self.dtype = parts.dtype
 
     def __call__(
-        self, x: Float[Array, "b t d"], at: int | None, idle: Places
+        self, asking: Float[Array, "b q d"], x: Float[Array, "b t d"], idle: Places
     ) -> tuple[Float[Array, "b q d"], Float[Array, "b s d"], Float[Array, "b s d"]]:
-        """The query of every position or the one `at`; keys and values of the `idle` ones too."""
-        query = self.query(x if at is None else x[:, at : at + 1])
+        """The query of what asks; keys and values of all positions, the `idle` ones too."""
+        query = self.query(asking)
         return query, self._seen(self.key, x, idle), self._seen(self.value, x, idle)
 
-    def _seen(self, linear: nnx.Linear, x: Float[Array, "b t d"], idle: Places) -> Any:
+    def _seen(self, linear: nnx.Linear, x: Float[Array, "b t d"], idle: Places) -> Array:
         if idle is None:
             return linear(x)
         # Where nothing stands there is nothing to multiply, but the bias is there.
@@ -167,7 +167,7 @@ class Attention(nnx.Module):
         """The attention block, residual and norm included."""
         asking = x if at is None else x[:, at : at + 1]
         mixed = attention(
-            *self.self(x, at, idle),
+            *self.self(asking, x, idle),
             keep,
             heads=self.config.num_attention_heads,
             rate=self.config.attention_probs_dropout_prob,
