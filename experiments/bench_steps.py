@@ -21,7 +21,7 @@ import jpeft
 from experiments.common import runtime
 from experiments.common.command import command
 from experiments.common.methods import RECIPES, Method, Sizes, called_with, make_room
-from experiments.common.models import cpu_layout, fetch_model
+from experiments.common.models import fetch_model, machine_layout
 from experiments.common.report import describe_machine, versions, write_json
 from experiments.common.timing import ratio, timed_steps, turns
 
@@ -95,7 +95,7 @@ def trainer_of(config: Config, method: Method, console: Console, plain: bool = F
     from jpeft.hf import load_sequence_classifier
 
     directory = fetch_model(config.model, console)
-    layout: dict[str, Any] = cpu_layout() | ({"remat": False} if plain else {})
+    layout: dict[str, Any] = machine_layout() | ({"remat": False} if plain else {})
     model, _ = load_sequence_classifier(
         directory, 2, key=jax.random.key(0), pooling="mean", **layout
     )

@@ -26,7 +26,7 @@ from experiments.common.command import claim, command
 from experiments.common.console import bar
 from experiments.common.logs import MetricsLog
 from experiments.common.methods import Method, PromptStart, Sizes
-from experiments.common.numbers import Keep, Optimiser, Precision, Quantised, Stage
+from experiments.common.numbers import Attention, Keep, Optimiser, Precision, Quantised, Stage
 from experiments.common.pairs import Pair, Pairs, PairTask, load_pairs
 from experiments.common.report import describe_machine, peak_memory, versions, write_json
 
@@ -121,6 +121,12 @@ class Config:
     """Forget activations and compute them again in the backward pass."""
     keep: Keep = "nothing"
     """What --remat keeps of a layer: nothing, all products, or those with weights."""
+    straight: bool = False
+    """Layers as straight-line code in place of a loop, which moves less memory on a GPU (and copies
+    no weights on a CPU), and takes a few times as long to compile."""
+    attention: Attention = "xla"
+    """How a decoder's attention is computed: by the compiler, or by cuDNN's flash attention (NVIDIA
+    GPUs, bfloat16)."""
     dropout: bool = True
     """The model's own dropout in training."""
     out: pathlib.Path | None = None
@@ -155,6 +161,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     from experiments.common.decoders import TRAINS_THE_MODEL, load
     from experiments.common.language import batches, encode, packed
     from experiments.common.loop import train
+    from experiments.common.models import STRAIGHT
     from experiments.common.scale import compute_dtype, on_host, remat_of
     from experiments.common.scores import SCORES
     from sharding.cluster import is_main
@@ -162,6 +169,8 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     start = time.perf_counter()
     check(config)
+    if config.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(f"--attention cudnn is for NVIDIA GPUs: this is a {jax.default_backend()}")
     claim(config)
     pairs = load_pairs(config.task, config.data)
     if config.generate:
@@ -171,6 +180,10 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     dtype = compute_dtype(config.precision)
     options: dict[str, Any] = {"dtype": dtype, "remat": remat_of(config.remat, config.keep)}
     options |= {"key": key, "quantize": config.quantize}
+    if config.straight:
+        options["unroll"] = STRAIGHT
+    if config.attention != "xla":
+        options["implementation"] = config.attention
     if config.chosen not in TRAINS_THE_MODEL:
         options["param_dtype"] = dtype  # what is frozen is held in what is computed in
     loaded = load(config.model, config.vocabulary, console, **options)
@@ -251,6 +264,8 @@ def check(config: Config) -> None:
     if config.adapter is not None and config.method is not None:
         raise ValueError("--adapter brings its method along: leave --method out")
     bases.refuse(config.quantize, config.chosen)
+    if config.attention == "cudnn" and config.precision == "float32":
+        raise ValueError("--attention cudnn computes in 16 bits: pass --precision bfloat16")
     if config.pack and config.chosen in ("prompt", "prefix"):
         raise ValueError("--pack has no place for the virtual tokens of prompts and prefixes")
 
@@ -303,6 +318,7 @@ def trainer_of(config: Config, loaded: Loaded, steps: int) -> LanguageTrainer:
         config.dropout,
         scale=scale_of(config),
         axes=axes_of(loaded.model),
+        straight=config.straight,
         two_sided=loaded.two_sided,
         virtual=(room, first),
         start=start,

@@ -32,7 +32,7 @@ from experiments.common.methods import (
     make_room,
 )
 from experiments.common.metrics import evaluate, majority
-from experiments.common.models import cpu_layout, fetch_model
+from experiments.common.models import fetch_model, machine_layout
 from experiments.common.numbers import Optimiser, Precision, Quantised, Stage
 from experiments.common.pipeline import Batches, Shapes, collate, shapes
 from experiments.common.report import (
@@ -212,7 +212,7 @@ def build(config: Config, directory: pathlib.Path, outputs: int, seed: int) -> A
         key=jax.random.key(seed),
         dtype=compute_dtype(config.precision),
         pooling=config.pooling,
-        **cpu_layout(),
+        **machine_layout(),
     )
     return model
 

@@ -13,7 +13,7 @@ from jpeft.by_layer import Layers
 from jpeft.leaf import Call, Leaf, LeafError, Site, dense, layer_of
 
 # Functions of this package whose own derivative rule saves work, and changes nothing.
-SAVES_WORK = frozenset({"jpeft_next_token_loss"})
+SAVES_WORK = frozenset({"jpeft_next_token_loss", "jpeft_wide_dot_general"})
 
 Interpret = Callable[[Any, Sequence[Any]], list[Any]]
 
@@ -178,8 +178,9 @@ def _custom_jvp(call: Call, interpret: Interpret) -> list[Any]:
     def primal(*operands: Any) -> list[Any]:
         return [dense(y) for y in interpret(call.params["call_jaxpr"], operands)]
 
-    if any(isinstance(x, Site) for x in call.operands):
-        return interpret(call.params["call_jaxpr"], call.operands)
+    body = call.params["call_jaxpr"]
+    if function_name(body) in SAVES_WORK or any(isinstance(x, Site) for x in call.operands):
+        return interpret(body, call.operands)
 
     def jvp(primals: Any, tangents: Any) -> Any:
         # The function's own rule, on what the leaves stand for.

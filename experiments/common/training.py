@@ -117,10 +117,10 @@ class Trainer:
     **Arguments:** `apply`, `params`, `transform`, as the library has them; `dropout`, whether the
     model's and the method's dropout are on in training; `room`, what a batch becomes for a method
     that has virtual tokens; `scale`, devices and numbers; `axes`, names of the axes of `params`;
-    `products`, whether on a CPU it multiplies by `jpeft.cpu_products`; `options`, what else the
-    model is called with; `like`, the `programs` of a trainer that differs in the numbers of
-    `params` and in `seed` alone, which are used in place of new ones, unless numbers are rounded at
-    random.
+    `products`, whether on a CPU it multiplies by `jpeft.cpu_products`; `straight`, whether the
+    model's layers are straight-line code; `options`, what else the model is called with; `like`,
+    the `programs` of a trainer that differs in the numbers of `params` and in `seed` alone, which
+    are used in place of new ones, unless numbers are rounded at random.
 
     **Attributes:** `params`, with a shape in place of each array that nothing reads, since a copy
     of it is trained; `frozen`, the arrays that are read, by path, where the stage has them, in what
@@ -138,6 +138,7 @@ class Trainer:
     scale: Scale = Scale()
     axes: Axes | None = None
     products: bool = True
+    straight: bool = False
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     like: dataclasses.InitVar[Programs | None] = None
     frozen: dict[str, Any] = dataclasses.field(init=False)
@@ -194,7 +195,7 @@ class Trainer:
         # A norm over all gradients would keep an update from being made layer by layer.
         clip = self.schedule.clip if self.scale.offload else None
         optimiser = self.scale.optimiser(self.schedule.optimiser(clip is None), self.seed)
-        options = compiler_options()
+        options = compiler_options(barriers=self.straight)
         step = make_step(
             bare._loss,
             optimiser,

@@ -19,7 +19,14 @@ from jpeft.models import cache as caches
 from jpeft.models.cache import Cache, positions_of
 from jpeft.models.causal import Implementation, causal_attention, may_read
 from jpeft.models.gpt2_config import Gpt2Config as Gpt2Config
-from jpeft.models.layers import ACTIVATIONS, Remat, dropout, last_tokens, rematerialised
+from jpeft.models.layers import (
+    ACTIVATIONS,
+    Remat,
+    dropout,
+    last_tokens,
+    rematerialised,
+    wide_dot_general,
+)
 from jpeft.models.loss import next_token_loss
 from jpeft.models.norms import LayerNorm
 
@@ -287,7 +294,7 @@ class Gpt2(nnx.Module):
     def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """The logits, fp32, of last hidden states: products with the table of words."""
         table = self.transformer.wte.embedding[...].astype(self.dtype)
-        return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+        return wide_dot_general(hidden, table, (((2,), (1,)), ((), ())))
 
     def empty_cache(self, batch: int, room: int, dtype: Any = None) -> Cache:
         """A cache for `batch` rows of up to `room` tokens, padding among them.

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jpeft.models.cache import Cache, empty_cache, positions_of, remember, write
 from jpeft.models.causal import Implementation, causal_attention, may_read
-from jpeft.models.layers import Remat, gated, last_tokens, rematerialised
+from jpeft.models.layers import Remat, gated, last_tokens, rematerialised, wide_dot_general
 from jpeft.models.llama_config import FULL, SLIDING
 from jpeft.models.llama_config import LlamaConfig as LlamaConfig
 from jpeft.models.loss import next_token_loss
@@ -59,7 +59,7 @@ class _Parts:
     def normal(self) -> Any:
         return nnx.initializers.normal(self.config.initializer_range)
 
-    def linear(self, n_in: int, n_out: int, bias: bool = False, out: Any = None) -> nnx.Linear:
+    def linear(self, n_in: int, n_out: int, bias: bool = False, **options: Any) -> nnx.Linear:
         return nnx.Linear(
             n_in,
             n_out,
@@ -67,8 +67,8 @@ class _Parts:
             kernel_init=self.normal,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            preferred_element_type=out,
             rngs=self.rngs,
+            **options,
         )
 
     def norm(self, width: int | None = None) -> RMSNorm:
@@ -324,7 +324,9 @@ class Llama(nnx.Module):
             parts, remat=remat, unroll=unroll, shifted=shifted, implementation=implementation
         )
         if not config.tie_word_embeddings:
-            self.lm_head = parts.linear(config.hidden_size, config.vocab_size, out=jnp.float32)
+            self.lm_head = parts.linear(
+                config.hidden_size, config.vocab_size, dot_general=wide_dot_general
+            )
 
     def __call__(
         self,
@@ -377,7 +379,7 @@ class Llama(nnx.Module):
         """The logits of normalised hidden states, fp32."""
         if self.config.tie_word_embeddings:
             table = self.model.embed_tokens.embedding[...].astype(self.dtype)
-            logits = jnp.dot(hidden, table.T, preferred_element_type=jnp.float32)
+            logits = wide_dot_general(hidden, table, (((hidden.ndim - 1,), (1,)), ((), ())))
         else:
             logits = self.lm_head(hidden)
         cap = self.config.final_logit_softcapping

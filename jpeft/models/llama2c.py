@@ -24,8 +24,10 @@ from jpeft.models.llama_config import LlamaConfig
 _HEADER = struct.Struct("<7i")
 
 
-def load_llama2c(path: str | pathlib.Path, *, dtype: Any = jnp.float32) -> Llama:
+def load_llama2c(path: str | pathlib.Path, *, dtype: Any = jnp.float32, **options: Any) -> Llama:
     """The model in a file.
+
+    **Arguments:** `dtype` and `options`, as `Llama` has them.
 
     **Raises:** `CheckpointError` for a header that no model has, or a file of another size than its
     header tells; nothing is allocated before that is known.
@@ -63,7 +65,7 @@ def load_llama2c(path: str | pathlib.Path, *, dtype: Any = jnp.float32) -> Llama
     if own_head:
         tensors.take(2, c.max_position_embeddings, head // 2)  # the rotary table, made anew
         params["lm_head"] = {"kernel": _kernel(tensors.take(c.vocab_size, d))}
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype, **options))
     graphdef, state = nnx.split(model)
     nnx.replace_by_pure_dict(state, _as_jax(params))
     return nnx.merge(graphdef, state)

@@ -92,8 +92,25 @@ def _total(logits_of: Any, xs: Any, ys: Any, read: Sequence[Any]) -> Any:
     return rule(xs, ys, *read)
 
 
+@jax.custom_jvp
 def _cross_entropy(logits: Any, labels: Any) -> Any:
+    return _with_norms(logits, labels)[0]
+
+
+def _with_norms(logits: Any, labels: Any) -> tuple[Any, Any]:
+    """The sum, and the logarithm of each token's sum of exponentials."""
     valid = labels != IGNORED
     picked = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[..., None], axis=-1)[..., 0]
-    each = jax.nn.logsumexp(logits, axis=-1) - picked
-    return jnp.sum(jnp.where(valid, each, 0.0))
+    norms = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.sum(jnp.where(valid, norms - picked, 0.0)), norms
+
+
+@_cross_entropy.defjvp
+def _derivative(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    # Labels are found by comparing, in one pass over the logits with the rest: the gradient of a
+    # look-up is scattered into zeros of their size.
+    logits, labels = primals
+    total, norms = _with_norms(logits, labels)
+    at = labels[..., None]
+    move = jnp.exp(logits - norms[..., None]) - (jnp.arange(logits.shape[-1]) == at)
+    return total, jnp.sum(jnp.where(at != IGNORED, move, 0.0) * tangents[0])

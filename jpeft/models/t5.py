@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jpeft.models import cache as caches
 from jpeft.models.cache import Cache, positions_of
 from jpeft.models.causal import may_read
-from jpeft.models.layers import Remat, dropout, last_tokens, rematerialised
+from jpeft.models.layers import Remat, dropout, last_tokens, rematerialised, wide_dot_general
 from jpeft.models.loss import next_token_loss
 from jpeft.models.t5_config import T5Config as T5Config
 from jpeft.models.t5_layers import Block, Parts, buckets
@@ -211,13 +211,13 @@ class T5(nnx.Module):
 
     def head(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """The logits, fp32, of last hidden states."""
-        c, wide = self.config, jnp.float32
+        c = self.config
         if c.tie_word_embeddings:
             hidden = hidden * jnp.asarray(c.d_model**-0.5, hidden.dtype)
             table = self.shared.embedding[...].astype(self.dtype)
-            return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=wide)
+            return wide_dot_general(hidden, table, (((2,), (1,)), ((), ())))
         kernel = self.lm_head.kernel[...].astype(self.dtype)
-        return jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=wide)
+        return wide_dot_general(hidden, kernel, (((2,), (0,)), ((), ())))
 
     def shift_right(self, labels: Int[Array, "b t"]) -> Int[Array, "b t"]:
         """The decoder's input for labels: the start token and all labels but the last.

@@ -87,6 +87,11 @@ def test_a_run_from_nothing_learns_and_writes(tmp_path):
     assert on_disk["answers"][0].keys() == {"prompt", "answer", "wanted"}
 
 
+def test_straight_line_layers_have_the_same_losses():
+    looped, straight = (run(generate=0, straight=s, remat=True)[0] for s in (False, True))
+    np.testing.assert_allclose(straight["losses"], looped["losses"], rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", SHAPES)
 def test_an_adapter_is_saved_and_gone_on_from(kind, folder, tmp_path):
     path = folder(kind)
@@ -292,6 +297,8 @@ def test_a_chat_template(folder, tmp_path):
         ({"task": "gsm8k"}, "--task gsm8k needs --data"),
         ({"model": "nowhere/at/all"}, "there is no such directory"),
         ({"adapter": "x", "method": "lora"}, "--adapter brings its method along"),
+        ({"attention": "cudnn"}, "--attention cudnn computes in 16 bits"),
+        ({"attention": "cudnn", "precision": "mixed"}, "--attention cudnn is for NVIDIA GPUs"),
     ],
 )
 def test_wrong_options_are_told_before_anything_is_trained(options, message):

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow  # every one runs many trainings
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """Options that make any experiment small, and layers in a loop, which compiles faster."""
-    monkeypatch.setattr(lora_glue, "cpu_layout", dict)
+    monkeypatch.setattr(lora_glue, "machine_layout", dict)
     return {
         "model": str(write_model(tmp_path / "model")),
         "data": write_task(tmp_path / "task"),

@@ -149,3 +149,24 @@ def test_fewer_logits_are_alive():
     parts = temporaries(lambda *a: chunked(*a, True, 64)[0])
     assert whole > b * t * v * 4
     assert parts < whole / 4
+
+
+def test_labels_are_found_by_comparing():
+    # A look-up's gradient would be scattered into zeros of the logits' size.
+    def loss(hidden, table):
+        return chunked(table, hidden, LABELS, True, 4)[0]
+
+    for at in (0, 1):
+        program = str(jax.make_jaxpr(jax.grad(loss, at))(HIDDEN, TABLE))
+        assert "dot_general" in program
+        assert "scatter" not in program
+
+
+def test_second_derivatives():
+    def of(f):
+        return jax.grad(lambda h: jnp.sum(jax.grad(lambda h: f(TABLE, h))(h) ** 2))
+
+    got = of(lambda table, h: chunked(table, h, LABELS, True, 4)[0])(HIDDEN)
+    want = of(lambda table, h: plain(table, h, LABELS, True)[0])(HIDDEN)
+    assert np.any(want)
+    np.testing.assert_allclose(got, want, atol=1e-4)
