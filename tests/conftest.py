@@ -15,7 +15,10 @@ os.environ.setdefault(
 # Eight devices meet in a collective: with fewer threads they wait for one another for ever.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nobody reads where in the source a test's program comes from.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
+import gc
 import itertools
 import pathlib
 import tempfile
@@ -34,6 +37,9 @@ if "JAXTYPING_DISABLE" not in os.environ:
         [".".join(p.relative_to(_ROOT).with_suffix("").parts) for p in _SHAPES],
         "beartype.beartype",
     )
+
+# Tracing makes many small objects, which the collector would look at every 700 of them.
+gc.set_threshold(100_000, 20, 100)
 
 # Many tests compile the same small programs: all workers, and the commands that tests start, keep
 # them in one folder for this session, which the first process makes and removes.
