@@ -7,12 +7,10 @@ from typing import Any
 
 from experiments.common.figure_parts import markdown, read, score, source
 
-PEERS = ("two_core_cpu", "two_core_cpu_8x64", "two_core_cpu_gpt2")
-
 
 def peers() -> str:
-    """`bench_peers` on a CPU: the rows of one run after those of another."""
-    results = [read("bench_peers", name) for name in PEERS]
+    """`bench_peers` on a CPU."""
+    r = read("bench_peers", "two_core_cpu")
     rows = [
         [
             f"{row['model']}, {row['method']}, {row['precision']}, {row['shape']}",
@@ -24,12 +22,10 @@ def peers() -> str:
             f"{row['eval']['ratio']:.2f}, {row['eval']['tuned_ratio'][1]:.2f}",
             f"{row['memory_ratio']:.2f}, {row['tuned_memory_ratio']:.2f}",
         ]
-        for r in results
         for row in r["rows"]
     ]
     header = ["row", "jpeft, tokens/s", "HF PEFT, tokens/s", "ratio", "to `tuned`", "products"]
-    about = "; ".join(dict.fromkeys(map(source, results)))
-    return markdown([*header, "evaluation", "memory"], rows) + f"\n\n{about}."
+    return markdown([*header, "evaluation", "memory"], rows) + f"\n\n{source(r)}."
 
 
 def _spread(low: float, middle: float, high: float) -> str:

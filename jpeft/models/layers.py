@@ -150,10 +150,13 @@ def wide_dot_general(
     preferred_element_type: Any = jnp.float32,
     out_sharding: Any = None,
 ) -> Array:
-    """A product whose sums are kept in a wider type than its operands', as logits are.
+    """`jax.lax.dot_general` whose result is wider than its operands, as logits are.
 
     What goes back through it is rounded to the operands' type first. Without that both would be
-    widened, and multiplied at a fraction of a matrix unit's rate: on an H100 half, as TF32.
+    widened, and multiplied at a fraction of a matrix unit's rate (as TF32 on GPUs). Tangents are
+    rounded too. Where the operands are as wide already it is the plain product.
+
+    **Arguments:** as `jax.lax.dot_general`'s; `preferred_element_type`, the result's type.
     """
     options: dict[str, Any] = {"precision": precision, "out_sharding": out_sharding}
     wide = jnp.dtype(preferred_element_type)

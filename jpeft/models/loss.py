@@ -94,15 +94,19 @@ def _total(logits_of: Any, xs: Any, ys: Any, read: Sequence[Any]) -> Any:
 
 @jax.custom_jvp
 def _cross_entropy(logits: Any, labels: Any) -> Any:
-    return _with_norms(logits, labels)[0]
+    return _with_softmax(logits, labels)[0]
 
 
-def _with_norms(logits: Any, labels: Any) -> tuple[Any, Any]:
-    """The sum, and the logarithm of each token's sum of exponentials."""
+def _with_softmax(logits: Any, labels: Any) -> tuple[Any, Any]:
+    """The sum, and each token's probabilities."""
     valid = labels != IGNORED
-    picked = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[..., None], axis=-1)[..., 0]
-    norms = jax.nn.logsumexp(logits, axis=-1)
-    return jnp.sum(jnp.where(valid, norms - picked, 0.0)), norms
+    picked = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[..., None], axis=-1)
+    most = jnp.max(logits, axis=-1, keepdims=True)
+    # Read by the loss and by its gradient: made twice, YNNPACK holds one of the two out of sight.
+    above = jnp.exp(logits - most)
+    norms = jnp.sum(above, axis=-1, keepdims=True)
+    each = (jnp.log(norms) + most - picked)[..., 0]
+    return jnp.sum(jnp.where(valid, each, 0.0)), above / norms
 
 
 @_cross_entropy.defjvp
@@ -110,7 +114,7 @@ def _derivative(primals: Any, tangents: Any) -> tuple[Any, Any]:
     # Labels are found by comparing, in one pass over the logits with the rest: the gradient of a
     # look-up is scattered into zeros of their size.
     logits, labels = primals
-    total, norms = _with_norms(logits, labels)
+    total, chances = _with_softmax(logits, labels)
     at = labels[..., None]
-    move = jnp.exp(logits - norms[..., None]) - (jnp.arange(logits.shape[-1]) == at)
+    move = chances - (jnp.arange(logits.shape[-1]) == at)
     return total, jnp.sum(jnp.where(at != IGNORED, move, 0.0) * tangents[0])
