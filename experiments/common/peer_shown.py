@@ -138,8 +138,12 @@ def _start(parts: Mapping[str, float]) -> str:
     return f"{sum(parts.values()):.1f} = " + " + ".join(f"{s:.1f}" for s in parts.values())
 
 
+# Ratios that the plot's axis names.
+MARKS = (0.5, 0.7, 1, 1.4, 2, 3, 5, 10, 20, 40)
+
+
 def draw(out: pathlib.Path | None, rows: Sequence[Row], source: str, console: Console) -> None:
-    """Bars of the ratios, with their ranges and a line where the sides are equal."""
+    """Bars of the ratios, with their ranges, from a line where the sides are equal."""
     size = (7.0, 1.6 + 0.55 * len(rows))
     with figure(out, "bench_peers", source, console, size) as axes:
         if axes is None:
@@ -156,8 +160,9 @@ def draw(out: pathlib.Path | None, rows: Sequence[Row], source: str, console: Co
             at = [(j + (i - (len(parts) - 1) / 2) * height, s) for j, s in enumerate(found) if s]
             axes.barh(
                 [y for y, _ in at],
-                [s.ratio for _, s in at],
+                [s.ratio - 1 for _, s in at],
                 height,
+                left=1,
                 xerr=[
                     [s.ratio - s.ratio_low for _, s in at],
                     [s.ratio_high - s.ratio for _, s in at],
@@ -169,7 +174,13 @@ def draw(out: pathlib.Path | None, rows: Sequence[Row], source: str, console: Co
         axes.axvline(1.0, color="0.2", linewidth=1, linestyle="--")
         axes.set_yticks(range(len(rows)), [title(r) for r in rows])
         axes.invert_yaxis()
-        axes.set_xlim(left=0)
+        # Twice as fast is as far from the line as half as fast.
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, 0.95), max(high, 1.05))
+        marks = [x for x in MARKS if low < x < high or x == 1]
+        axes.set_xticks(marks, [f"{x:g}" for x in marks])
+        axes.minorticks_off()
         axes.set_xlabel(f"{OURS}'s tokens/s over HF PEFT's (lines: lowest to highest round)")
         axes.set_ylabel("model and row")
         columns = min(len(parts), 3)
