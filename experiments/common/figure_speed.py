@@ -7,13 +7,17 @@ from typing import Any
 
 from experiments.common.figure_parts import markdown, read, score, source
 
+# Of a row that several runs have, the last one's stands.
+PEERS = ("two_core_cpu", "two_core_cpu_gpt2")
+
 
 def peers() -> str:
     """`bench_peers` on a CPU."""
-    r = read("bench_peers", "two_core_cpu")
+    results = [read("bench_peers", name) for name in PEERS]
+    found = {_row_name(row): row for r in results for row in r["rows"]}
     rows = [
         [
-            f"{row['model']}, {row['method']}, {row['precision']}, {row['shape']}",
+            name,
             f"{row['tokens_per_second']['jpeft']:,.0f}",
             f"{row['tokens_per_second']['peft']:,.0f}",
             _spread(row["ratio_low"], row["ratio"], row["ratio_high"]),
@@ -22,10 +26,15 @@ def peers() -> str:
             f"{row['eval']['ratio']:.2f}, {row['eval']['tuned_ratio'][1]:.2f}",
             f"{row['memory_ratio']:.2f}, {row['tuned_memory_ratio']:.2f}",
         ]
-        for row in r["rows"]
+        for name, row in found.items()
     ]
     header = ["row", "jpeft, tokens/s", "HF PEFT, tokens/s", "ratio", "to `tuned`", "products"]
-    return markdown([*header, "evaluation", "memory"], rows) + f"\n\n{source(r)}."
+    about = "; ".join(dict.fromkeys(map(source, results)))
+    return markdown([*header, "evaluation", "memory"], rows) + f"\n\n{about}."
+
+
+def _row_name(row: dict[str, Any]) -> str:
+    return f"{row['model']}, {row['method']}, {row['precision']}, {row['shape']}"
 
 
 def _spread(low: float, middle: float, high: float) -> str:
@@ -37,7 +46,7 @@ def peers_gpu() -> str:
     r = read("bench_peers", "h200")
     rows = [
         [
-            f"{row['model']}, {row['method']}, {row['precision']}, {row['shape']}: {what}",
+            f"{_row_name(row)}: {what}",
             *(f"{speed['tokens_per_second'][side]:,.0f}" for side in SIDES),
             f"{speed['ratio']:.2f}",
             f"{speed['compiled_ratio'][1]:.2f}",
