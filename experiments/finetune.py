@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 import jpeft
 from experiments.common import bases, runtime
 from experiments.common.command import claim, command
-from experiments.common.console import bar
+from experiments.common.console import bar, held_out_table
 from experiments.common.logs import MetricsLog
 from experiments.common.methods import Method, PromptStart, Sizes
 from experiments.common.numbers import Attention, Keep, Optimiser, Precision, Quantised, Stage
@@ -244,7 +243,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         "machine": describe_machine(),
         "versions": versions("sacrebleu"),
     }
-    console.print(table(result))
+    console.print(held_out_table(result))
     whole = on_host(state)
     if config.out is not None and report is not None:
         save(config, loaded, trainer, whole, report)
@@ -392,17 +391,6 @@ def save(
             uses=trainer.uses(),
             **options,
         )
-
-
-def table(result: dict[str, Any]) -> Table:
-    """The held-out loss before and after, and the answers' scores."""
-    out = Table(title=f"{result['config']['task']}, held out")
-    for name in ("loss before", "loss", "perplexity", *result["scores"]):
-        out.add_column(name, justify="right")
-    held = result["held_out"]
-    cells = [f"{held['loss_before']:.4f}", f"{held['loss']:.4f}", f"{held['perplexity']:.2f}"]
-    out.add_row(*cells, *(f"{x:.1f}" for x in result["scores"].values()))
-    return out
 
 
 if __name__ == "__main__":

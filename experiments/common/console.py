@@ -1,9 +1,10 @@
-"""What a run shows: a progress bar with loss and speed, and the table of results."""
+"""What a run shows: a progress bar with loss and speed, and tables of results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -58,3 +59,14 @@ def result_table(
             ]
         table.add_row(method, *cells)
     return table
+
+
+def held_out_table(result: Mapping[str, Any]) -> Table:
+    """The held-out loss before and after, and the answers' scores."""
+    out = Table(title=f"{result['config']['task']}, held out")
+    for name in ("loss before", "loss", "perplexity", *result["scores"]):
+        out.add_column(name, justify="right")
+    held = result["held_out"]
+    cells = [f"{held['loss_before']:.4f}", f"{held['loss']:.4f}", f"{held['perplexity']:.2f}"]
+    out.add_row(*cells, *(f"{x:.1f}" for x in result["scores"].values()))
+    return out

@@ -15,6 +15,8 @@ from experiments.common.plots import COLOURS, figure
 
 # What a column says of the peer that has our setting of the allocator.
 ALIKE = "its allocator as ours"
+# Ratios that the plot's axis names.
+MARKS = (0.5, 0.7, 1, 1.4, 2, 3, 5, 10, 20, 40)
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -136,10 +138,6 @@ def _alike(row: Row) -> Speed | None:
 
 def _start(parts: Mapping[str, float]) -> str:
     return f"{sum(parts.values()):.1f} = " + " + ".join(f"{s:.1f}" for s in parts.values())
-
-
-# Ratios that the plot's axis names.
-MARKS = (0.5, 0.7, 1, 1.4, 2, 3, 5, 10, 20, 40)
 
 
 def draw(out: pathlib.Path | None, rows: Sequence[Row], source: str, console: Console) -> None:

@@ -10,11 +10,12 @@ from flax import nnx
 from rich.console import Console
 
 from experiments import bench_peers
-from experiments.common import peer_cases, peer_measure, peer_model, peer_shown, trace
-from experiments.common.models import ModelError
+from experiments.common import peer_cases, peer_measure, peer_model, peer_ours, peer_shown, trace
+from experiments.common.models import STRAIGHT, ModelError, machine_layout
 from experiments.common.peer_cases import Case, Generation, preset, product
 from experiments.common.peer_flops import forward_flops, products, rate_sizes, step_flops
-from experiments.common.peer_measure import Row, agree, ratios, speed_of
+from experiments.common.peer_measure import Options, Row, agree, ratios, speed_of
+from experiments.common.peer_ours import Ours
 from experiments.common.peers import DisagreementError, PeerError, environment
 from experiments.common.runtime import malloc_environment
 from jpeft.hf import save_model
@@ -382,3 +383,33 @@ def test_a_compiled_peer_that_fails_is_left_out_and_told():
     assert speed.tokens_per_second == {"jpeft": 40.0, "peft": 40.0}
     assert speed.compiled_ratio is None
     assert notes == ["compiled, steps: no compiler"]
+
+
+def test_layers_are_straight_on_a_gpu_where_a_step_is_run_many_times(monkeypatch):
+    assert "unroll" not in machine_layout()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for encoder in (True, False):
+        assert machine_layout(encoder) == {}
+        assert machine_layout(encoder, long=True, full=True) == {"unroll": STRAIGHT}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_gpus_layout_is_the_same_step(method, tmp_path, monkeypatch):
+    save_model(Llama(LLAMA, rngs=nnx.Rngs(0)), tmp_path / "model")
+    case = Case("model", method, "fp32", 2, 8)
+    options = Options(1, 1, 1.0, 0, False, False, "cpu", None)
+    job = peer_measure.job_of(case, options, tmp_path / "model", tmp_path / "cache")
+    for name in ("cache_programs", "one_at_a_time"):  # settings of a whole process
+        monkeypatch.setattr(peer_ours.runtime, name, lambda *_: None)
+
+    def losses():
+        ours = Ours(job)
+        ours.load()
+        return ours.layout, [ours.step() for _ in range(2)]
+
+    _, expected = losses()
+    monkeypatch.setattr(peer_ours, "machine_layout", lambda *_, **__: {"unroll": STRAIGHT})
+    other, got = losses()
+    assert other == {"unroll": STRAIGHT}
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert got[0] != got[1]
