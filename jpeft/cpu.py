@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
+import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from jpeft._cpu_features import multiplies_bf16
+from jpeft._cpu_low_rank import branched, summed
+from jpeft._cpu_products import added, apart, dot, whole
 from jpeft.by_layer import Layers
 from jpeft.leaf import IN_PLACE, Call, Leaf, Weight, dense, is_leaf, register, static
 from jpeft.lowrank import LowRank
@@ -22,46 +22,53 @@ from jpeft.transform import Params
 
 # What leaves a matrix one, however it is laid out.
 ARRANGED = IN_PLACE | {"transpose", "reshape", "squeeze", "slice", "dynamic_slice"}
-# What a result that is worth keeping is known by, to `jpeft.models.layers.keep_products`.
-KEPT = "jpeft_kept"
 
 
-def cpu_products(rewritten: Params, params: Params) -> Params:
+def cpu_products(rewritten: Params, params: Params, *, bf16: bool | None = None) -> Params:
     """The same parameters, whose products with activations have gradients made for a CPU.
 
     It is for training, after `Transform.rewrite` and before `lift`:
 
-    - A matrix that is trained whole has its gradient worked out by itself, activations first. Left
-      to the compiler it is turned, and woven into the copy to where gradients of layers are
-      stacked, which is slower.
+    - A matrix that is trained whole has its gradient worked out by itself, with the narrower of
+      what it is a product of turned round first. Left to the compiler it is turned itself, and
+      woven into the copy to where gradients of layers are stacked, which is slower.
     - A matrix with a low-rank update multiplies by the sum `base + scale A B`, formed anew for each
       product of as many rows as the matrix has or more. The branch `(x A) B` goes over the
       activations several times, which costs more than the sum. What comes back to A and B goes
-      through their rank as before. On a base in bf16 the sum and the product are in the factors'
-      fp32, in which small updates are not lost, and the result is rounded.
-    - A product of bf16 whose result is wanted in fp32 (logits) is one of fp32: of the two that a
-      compiler may choose it is the faster one.
+      through their rank as before.
     - What goes back through a matrix, trained or not, is worked out before anything is made of it,
       where barriers are left in the program (see `by_layer`). Else the compiler can weave all from
       one norm to the next into one kernel, whose temporaries it holds beside the program's.
+    - The gradient of a bias in bf16 is added up in fp32.
+
+    In bf16, on a processor that has products of it (AVX-512 BF16, AMX):
+
+    - Every product is of bf16 with sums in fp32, which XLA for CPUs does where the result is wanted
+      in fp32 alone, and is rounded then: 1.5 to 2 times the rate of products in fp32.
+    - A low-rank update stays a branch. What its factors have beyond bf16 is a product too, so that
+      they count in fp32.
+
+    On other processors LoRA's sum and product are in the factors' fp32, in which small updates are
+    not lost, and the result is rounded; and a product of bf16 whose result is wanted in fp32
+    (logits) is one of fp32: of the two that the compiler may choose it is the faster one.
 
     Everything else, such as a quantised base or dropout in the low-rank branch, is multiplied as it
     was. Forward-mode derivatives (`jax.jvp`) are not defined through it. On an accelerator leave it
-    out: some round what they multiply to bf16, and the sum would lose small updates; in bf16 also
-    on a CPU that multiplies it faster than fp32 (AMX).
+    out: some round what they multiply to bf16, and the sum would lose small updates.
 
     **Arguments:** `rewritten`, from `Transform.rewrite`; `params`, what was given to it: an array
-    of two axes or more that is no longer the same is one that is trained.
+    of two axes or more that is no longer the same is one that is trained; `bf16`, whether the
+    processor multiplies it: without it, as Linux says of this machine's.
     """
-    before = flatten(params)
+    before, short = flatten(params), multiplies_bf16() if bf16 is None else bf16
 
     def on(path: str, x: Any) -> Any:
         if isinstance(x, LowRank):
-            return CpuProduct(x, x.path)
+            return CpuProduct(x, x.path, bf16=short)
         if isinstance(x, Scaled) and isinstance(x.base, LowRank):
-            return dataclasses.replace(x, base=CpuProduct(x.base, x.path))
+            return dataclasses.replace(x, base=CpuProduct(x.base, x.path, bf16=short))
         if isinstance(x, Layers) or (not is_leaf(x) and x.ndim > 1):
-            return CpuProduct(x, path, frozen=x is before.get(path))
+            return CpuProduct(x, path, frozen=x is before.get(path), bf16=short)
         return x
 
     found = {path: on(path, x) for path, x in flatten(rewritten).items()}
@@ -73,12 +80,14 @@ def cpu_products(rewritten: Params, params: Params) -> Params:
 class CpuProduct(Weight):
     """A weight as it is, but for its products: see `cpu_products`.
 
-    **Attributes:** `base`, an array or a `LowRank`; `frozen`, an array that is not trained.
+    **Attributes:** `base`, an array or a `LowRank`; `frozen`, an array that is not trained; `bf16`,
+    whether the processor multiplies it.
     """
 
     base: Any
     path: str = static("")
     frozen: bool = static(False)
+    bf16: bool = static(False)
 
     @property
     def leading(self) -> int:
@@ -100,10 +109,22 @@ class CpuProduct(Weight):
             found = self._multiplied(call)
             if found is not None:
                 return [found]
+        if call.name == "add":
+            other = call.operands[1 - index]
+            if self._adds_in_fp32(other, call.shape):
+                return [added(other, self.base)]
         results = call.rebind(index, self.base)
         if call.name not in ARRANGED or not jnp.issubdtype(results[0].dtype, jnp.floating):
             return results
         return [dataclasses.replace(self, base=results[0])]
+
+    def _adds_in_fp32(self, other: Any, shape: tuple[int, ...]) -> bool:
+        """Whether this is added to an array of the result's shape, as a trained bias in bf16."""
+        return (
+            self.dtype == jnp.bfloat16
+            and not (self.frozen or isinstance(self.base, LowRank) or isinstance(other, Leaf))
+            and other.shape == shape != self.shape
+        )
 
     def _multiplied(self, call: Call) -> Array | None:
         (theirs, mine), batch = call.params["dimension_numbers"]
@@ -115,94 +136,37 @@ class CpuProduct(Weight):
             return None
         if jnp.promote_types(x.dtype, wide) != wide:
             return None
-        product = self._product(x.astype(wide), mine[0], call.params["precision"])
-        if product is None:
+        short = self.bf16 and x.dtype == jnp.bfloat16
+        axis, precision = mine[0], call.params["precision"]
+        if isinstance(self.base, LowRank) and not self._suits(
+            x.dtype if short else wide, math.prod(x.shape[:-1]), axis, short
+        ):
             return None
-        flat = _apart(x.reshape(-1, x.shape[-1])).astype(wide)
-        return product(flat).reshape(*x.shape[:-1], -1)
+        x = apart(x.reshape(-1, x.shape[-1]))
+        if short:
+            made = self._short(x, axis, precision, wide)
+        else:
+            made = self._product(x.astype(wide), axis, precision)
+        return made.reshape(call.shape)
 
-    def _product(self, x: Array, axis: int, precision: Any) -> Callable[[Array], Array] | None:
-        base = self.base
+    def _suits(self, dtype: Any, rows: int, axis: int, short: bool) -> bool:
+        """Whether the low-rank update of a plain matrix is multiplied here."""
+        leaf: LowRank = self.base
+        if isinstance(leaf.base, Leaf) or sorted(leaf.kinds) != ["i", "o"]:
+            return False
+        if (leaf.key is not None and leaf.dropout) or not (short or rows >= leaf.shape[axis]):
+            return False
+        return jnp.promote_types(dtype, leaf.a.dtype) == leaf.a.dtype
+
+    def _short(self, x: Array, axis: int, precision: Any, out: Any) -> Array:
+        if isinstance(self.base, LowRank):
+            return branched(x, dataclasses.replace(self.base, key=None), axis, precision, out)
+        return whole(x, dense(self.base), axis, precision, out, self.frozen)
+
+    def _product(self, x: Array, axis: int, precision: Any) -> Array:
+        if isinstance(self.base, LowRank):
+            return summed(x, dataclasses.replace(self.base, key=None), axis, precision)
+        w = self.base.astype(x.dtype)
         if self.frozen:
-            return lambda flat: _dot(flat, base.astype(x.dtype), (1, axis), precision)
-        if not isinstance(base, LowRank):
-            return lambda flat: _trained(flat, base.astype(x.dtype), axis, precision)
-        if isinstance(base.base, Leaf) or x.size < x.shape[-1] ** 2:
-            return None
-        if jnp.promote_types(x.dtype, base.a.dtype) != base.a.dtype:
-            return None
-        if sorted(base.kinds) != ["i", "o"] or (base.key is not None and base.dropout):
-            return None
-        leaf = dataclasses.replace(base, key=None)
-        return lambda flat: _low_rank(flat, leaf, axis, precision)
-
-
-def _dot(x: Any, y: Any, over: tuple[int, int], precision: Any) -> Any:
-    return jax.lax.dot_general(x, y, (((over[0],), (over[1],)), ((), ())), precision=precision)
-
-
-@jax.custom_vjp
-def _apart(x: Array) -> Array:
-    """The same; its gradient is worked out by itself."""
-    return x
-
-
-_apart.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _trained(x: Float[Array, "n k"], w: Any, axis: int, precision: Any) -> Float[Array, "n m"]:
-    return _dot(x, w, (1, axis), precision)
-
-
-def _trained_forward(x: Any, w: Any, axis: int, precision: Any) -> Any:
-    return checkpoint_name(_dot(x, w, (1, axis), precision), KEPT), (x, w)
-
-
-def _trained_backward(axis: int, precision: Any, saved: Any, g: Any) -> Any:
-    x, w = saved
-    pair = (x, g) if axis == 0 else (g, x)
-    dx = _dot(g, w, (1, 1 - axis), precision)
-    # By themselves: the compiler is not to turn the gradient round for whatever comes after. Both
-    # together: an optimiser that moves the weight in place is to come after its last product.
-    return jax.lax.optimization_barrier((dx, _dot(*pair, (0, 0), precision)))
-
-
-_trained.defvjp(_trained_forward, _trained_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _low_rank(
-    x: Float[Array, "n k"], leaf: LowRank, axis: int, precision: Any
-) -> Float[Array, "n m"]:
-    wide = leaf.a.dtype
-    return _dot(x.astype(wide), _sum(leaf), (1, axis), precision).astype(x.dtype)
-
-
-def _sum(leaf: LowRank) -> Array:
-    """The dense sum, not rounded to the base's type: an update may be less than that can tell."""
-    return dataclasses.replace(leaf, base=leaf.base.astype(leaf.a.dtype)).materialise()
-
-
-def _low_rank_forward(x: Any, leaf: Any, axis: int, precision: Any) -> Any:
-    return checkpoint_name(_low_rank(x, leaf, axis, precision), KEPT), (x, leaf)
-
-
-def _low_rank_backward(axis: int, precision: Any, saved: Any, g: Any) -> Any:
-    x, leaf = saved
-    short, dot = x.dtype, functools.partial(_dot, precision=precision)
-    x, g = x.astype(leaf.a.dtype), g.astype(leaf.a.dtype)
-    # The sum is formed again: kept from the forward pass it would be a copy of the weights.
-    dx = dot(g, _sum(leaf), (1, 1 - axis)).astype(short)
-    d_base = dot(*((x, g) if axis == 0 else (g, x)), (0, 0))  # of a frozen base nobody asks for it
-    d_base = d_base.astype(leaf.base.dtype)
-    turned = leaf.kinds[axis] == "o"
-    # (k, r) and (r, m), whichever of the factors comes first.
-    first, second = (leaf.b.T, leaf.a.T) if turned else (leaf.a, leaf.b)
-    d_first = dot(leaf.scale * dot(g, second, (1, 1)), x, (0, 0)).T
-    d_second = dot(leaf.scale * dot(x, first, (1, 0)), g, (0, 0))
-    da, db = (d_second.T, d_first.T) if turned else (d_first, d_second)
-    return dx, dataclasses.replace(leaf, base=d_base, a=da, b=db)
-
-
-_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+            return dot(x, w, (1, axis), precision)
+        return whole(x, w, axis, precision, None, False)

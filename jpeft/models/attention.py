@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jpeft.cpu import KEPT
+from jpeft._cpu_products import KEPT
 from jpeft.models.layers import dropout
 
 
@@ -101,8 +101,11 @@ def _pulled_back(
 ) -> tuple[Any, Any, Any]:
     q, k, v = _split(query, heads), _split(key, heads), _split(value, heads)
     powers, total = _softmax(q, k, bias)
-    g = (_split(g_out, heads).astype(jnp.float32) / total).astype(v.dtype)
-    g_value = jnp.einsum("bhdq,bhqk->bhdk", g.swapaxes(2, 3), powers.astype(v.dtype))
+    g_out = _split(g_out, heads).astype(jnp.float32)
+    g = (g_out / total).astype(v.dtype)
+    # Turned round before the division: after it the product would take the turn into itself.
+    g_turned = (g_out.swapaxes(2, 3) / total.swapaxes(2, 3)).astype(v.dtype)
+    g_value = jnp.einsum("bhdq,bhqk->bhdk", g_turned, powers.astype(v.dtype))
     g_powers = jnp.einsum("bhqd,bhdk->bhqk", g, v.swapaxes(2, 3))
     # Of whole rows at hand: the output, of which the paper has this sum, need not be kept.
     shift = jnp.sum(powers * g_powers, axis=-1, keepdims=True) / total

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jpeft.cpu import KEPT
+from jpeft._cpu_products import KEPT
 
 # A product that sums over no more numbers is made again sooner than kept.
 CHEAP = 64

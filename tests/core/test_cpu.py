@@ -123,8 +123,9 @@ def test_what_it_does_not_suit_is_as_it_was(case):
     assert "custom_vjp" not in program(transform, x, kernel, **more)
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
-def test_on_a_base_in_bf16_small_updates_are_not_lost(turned):
+def test_on_a_base_in_bf16_small_updates_are_not_lost(turned, native):
     # Beside 4096, bf16 has nothing nearer than 16: added to it, an update of 0.5 would be gone.
     x = jnp.asarray([[1.0, -1.0]] * 2 + [[1.0, 1.0]] * 2, jnp.bfloat16)
     params = {"kernel": jnp.full((2, 2), 4096, jnp.bfloat16)}
@@ -132,7 +133,7 @@ def test_on_a_base_in_bf16_small_updates_are_not_lost(turned):
     state = jax.tree.map(lambda v: jnp.asarray([[0.5, 0], [0, 0]], v.dtype), start)
 
     def run(state, x):
-        rewritten = jpeft.cpu_products(LORA.rewrite(params, state), params)
+        rewritten = jpeft.cpu_products(LORA.rewrite(params, state), params, bf16=native)
         return jpeft.lift(lambda p, x: product(x, p["kernel"], turned))(rewritten, x)
 
     made = run(state, x)
@@ -148,8 +149,9 @@ def test_on_a_base_in_bf16_small_updates_are_not_lost(turned):
     )
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("transform", [LORA, jpeft.Train("kernel"), None], ids=str)
-def test_a_result_wanted_in_fp32_is_not_rounded(transform):
+def test_a_result_wanted_in_fp32_is_not_rounded(transform, native):
     x, kernel = normal(1, (6, 4)).astype(jnp.bfloat16), normal(2, (4, 5)).astype(jnp.bfloat16)
     params = {"kernel": kernel}
     rewritten = params
@@ -161,7 +163,7 @@ def test_a_result_wanted_in_fp32_is_not_rounded(transform):
         return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
 
     made = jpeft.lift(lambda p, x: run(x, p["kernel"]))
-    found = made(jpeft.cpu_products(rewritten, params), x)
+    found = made(jpeft.cpu_products(rewritten, params, bf16=native), x)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, run(x, kernel), rtol=1e-5, atol=1e-6)
     assert np.abs(found - found.astype(jnp.bfloat16).astype(jnp.float32)).max() > 0

@@ -1,0 +1,100 @@
+"""Products of a CPU, with gradients in the order of operands that it multiplies fastest."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+# What a result that is worth keeping is known by, to `jpeft.models.layers.keep_products`.
+KEPT = "jpeft_kept"
+
+
+def dot(x: Any, y: Any, over: tuple[int, int], precision: Any, out: Any = None) -> Array:
+    """Their product over one axis of each.
+
+    **Arguments:** `out`, the type that sums in fp32 are rounded to; else all is in the operands'.
+    """
+    numbers = (((over[0],), (over[1],)), ((), ()))
+    wide = None if out is None else jnp.promote_types(out, jnp.float32)
+    z = jax.lax.dot_general(x, y, numbers, precision=precision, preferred_element_type=wide)
+    # Behind a barrier: XLA cannot run a product of bf16 in fp32 once it has turned it round.
+    return z if z.dtype == x.dtype else jax.lax.optimization_barrier(z).astype(out)
+
+
+def outer(x: Float[Array, "n k"], y: Float[Array, "n m"], precision: Any) -> Float[Array, "k m"]:
+    """`x^T y` in the operands' type, of sums in fp32; the narrower one is turned round for it."""
+    if x.shape[1] > y.shape[1]:
+        return jax.lax.optimization_barrier(outer(y, x, precision)).T
+    return dot(turned(x), y, (1, 0), precision, x.dtype)
+
+
+def turned(x: Float[Array, "n k"]) -> Float[Array, "k n"]:
+    """`x^T`, laid out anew: a transpose of two axes would be taken into the product, which then
+    goes another, slower way.
+    """
+    n = x.shape[0]
+    parts = next((i for i in range(2, math.isqrt(n) + 1) if n % i == 0), 1)
+    apart = x.reshape(parts, n // parts, x.shape[1]).transpose(2, 0, 1)
+    return jax.lax.optimization_barrier(apart.reshape(x.shape[1], n))
+
+
+@jax.custom_vjp
+def apart(x: Array) -> Array:
+    """The same; its gradient is worked out by itself."""
+    return x
+
+
+apart.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def whole(
+    x: Float[Array, "n k"], w: Any, axis: int, precision: Any, out: Any, frozen: bool
+) -> Float[Array, "n m"]:
+    """`x` times `w` over `w`'s axis `axis`.
+
+    **Arguments:** `out`, as `dot`'s: what comes back is rounded to `x`'s type; `frozen`, nobody
+    wants `w`'s gradient.
+    """
+    return dot(x, w, (1, axis), precision, out)
+
+
+def _whole_forward(x: Any, w: Any, axis: int, precision: Any, out: Any, frozen: bool) -> Any:
+    return checkpoint_name(whole(x, w, axis, precision, out, frozen), KEPT), (x, w)
+
+
+def _whole_backward(
+    axis: int, precision: Any, out: Any, frozen: bool, saved: Any, g: Any
+) -> tuple[Array, Array]:
+    x, w = saved
+    g = g.astype(x.dtype)
+    dx = dot(g, w, (1, 1 - axis), precision, None if out is None else x.dtype)
+    dw = outer(*((x, g) if axis == 0 else (g, x)), precision)
+    # By themselves: the compiler is not to turn the gradient round for whatever comes after. Both
+    # together: an optimiser that moves the weight in place is to come after its last product.
+    return (dx, dw) if frozen else jax.lax.optimization_barrier((dx, dw))
+
+
+whole.defvjp(_whole_forward, _whole_backward)
+
+
+@jax.custom_vjp
+def added(x: Float[Array, "*b d"], bias: Float[Array, "*c d"]) -> Float[Array, "*b d"]:
+    """`x + bias`, where each axis of `bias` is as long as `x`'s or 1; its gradient is added up in
+    fp32, as XLA for CPUs does not by itself.
+    """
+    return x + bias
+
+
+def _added_backward(shape: tuple[int, ...], g: Array) -> tuple[Array, Array]:
+    over = [i for i, n in enumerate(shape) if n != g.shape[i]]
+    return g, jnp.sum(g.astype(jnp.float32), over, keepdims=True).astype(g.dtype)
+
+
+added.defvjp(lambda x, bias: (x + bias, bias.shape), _added_backward)
