@@ -97,7 +97,8 @@ def _branched_backward(
     g = g.astype(x.dtype)
     first, second = _factors(leaf, axis)
     dx = _branched(g, leaf, (second.T, first.T), 1 - axis, precision, x.dtype)
-    d_base = outer(*((x, g) if axis == 0 else (g, x)), precision)  # none wants a frozen base's
+    pair = (x, g) if axis == 0 else (g, x)
+    d_base = outer(*pair, precision, jnp.float32)  # none wants a frozen base's
 
     def narrow(x: Array, factor: Array) -> Array:
         def one(a: Array) -> Array:

@@ -27,11 +27,13 @@ def dot(x: Any, y: Any, over: tuple[int, int], precision: Any, out: Any = None) 
     return z if z.dtype == x.dtype else jax.lax.optimization_barrier(z).astype(out)
 
 
-def outer(x: Float[Array, "n k"], y: Float[Array, "n m"], precision: Any) -> Float[Array, "k m"]:
-    """`x^T y` in the operands' type, of sums in fp32; the narrower one is turned round for it."""
+def outer(
+    x: Float[Array, "n k"], y: Float[Array, "n m"], precision: Any, out: Any = None
+) -> Float[Array, "k m"]:
+    """`x^T y`, for which the narrower of the two is turned round. `out`: as `dot`'s."""
     if x.shape[1] > y.shape[1]:
-        return jax.lax.optimization_barrier(outer(y, x, precision)).T
-    return dot(turned(x), y, (1, 0), precision, x.dtype)
+        return jax.lax.optimization_barrier(outer(y, x, precision, out)).T
+    return dot(turned(x), y, (1, 0), precision, out)
 
 
 def turned(x: Float[Array, "n k"]) -> Float[Array, "k n"]:
@@ -74,8 +76,9 @@ def _whole_backward(
 ) -> tuple[Array, Array]:
     x, w = saved
     g = g.astype(x.dtype)
-    dx = dot(g, w, (1, 1 - axis), precision, None if out is None else x.dtype)
-    dw = outer(*((x, g) if axis == 0 else (g, x)), precision)
+    out = None if out is None else x.dtype
+    dx = dot(g, w, (1, 1 - axis), precision, out)
+    dw = outer(*((x, g) if axis == 0 else (g, x)), precision, out)
     # By themselves: the compiler is not to turn the gradient round for whatever comes after. Both
     # together: an optimiser that moves the weight in place is to come after its last product.
     return (dx, dw) if frozen else jax.lax.optimization_barrier((dx, dw))

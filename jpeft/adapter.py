@@ -73,9 +73,9 @@ class Adapted(Placed):
         """The bottleneck's output added to `y`."""
         into = x if self.parallel and x is not None else y
         down, up = self.down.astype(y.dtype), self.up.astype(y.dtype)
-        low = _through(into.astype(y.dtype), down, free) + _beside(self.down_bias, y, free)
+        low = _plus(_through(into.astype(y.dtype), down, free), self.down_bias, free)
         low = ACTIVATIONS[self.activation](low)
-        out = _through(low, up, free) + _beside(self.up_bias, y, free)
+        out = _plus(_through(low, up, free), self.up_bias, free)
         return y + out * jnp.asarray(self.scale, y.dtype)
 
     def switched(self, on: Array) -> Adapted:
@@ -93,11 +93,13 @@ def _through(x: Array, w: Array, free: int) -> Array:
     return (rows @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
-def _beside(bias: Array, like: Array, free: int) -> Array:
-    """A bias `(*e, n)` with axes of size 1 for the free ones."""
-    return jnp.expand_dims(bias, list(range(bias.ndim - 1, bias.ndim - 1 + free))).astype(
-        like.dtype
-    )
+def _plus(x: Array, bias: Array, free: int) -> Array:
+    """`x` and a bias `(*e, n)`, of which `x` has so many free axes more; summed in the wider type.
+
+    So the bias's gradient is added up over all positions in fp32, not in `x`'s bf16.
+    """
+    row = jnp.expand_dims(bias, list(range(bias.ndim - 1, bias.ndim - 1 + free)))
+    return (x.astype(jnp.promote_types(x.dtype, row.dtype)) + row).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,15 +19,17 @@ SHAPE = {
 }
 
 
-def tiny_config(kind: str = "bert") -> BertConfig:
-    """Two layers of width 16."""
+def tiny_config(kind: str = "bert", **shape: int) -> BertConfig:
+    """Two layers of width 16, where `shape` does not say otherwise."""
     padding = {"pad_token_id": 1, "type_vocab_size": 1} if kind == "roberta" else {}
-    return BertConfig(vocab_size=5 + len(WORDS), model_type=kind, **SHAPE, **padding)
+    return BertConfig(vocab_size=5 + len(WORDS), model_type=kind, **SHAPE | shape, **padding)
 
 
-def write_model(folder: pathlib.Path, kind: str = "bert", num_labels: int = 2) -> pathlib.Path:
+def write_model(
+    folder: pathlib.Path, kind: str = "bert", num_labels: int = 2, **shape: int
+) -> pathlib.Path:
     """`config.json`, `model.safetensors` and `vocab.txt`."""
-    model = BertForSequenceClassification(tiny_config(kind), num_labels, rngs=nnx.Rngs(3))
+    model = BertForSequenceClassification(tiny_config(kind, **shape), num_labels, rngs=nnx.Rngs(3))
     save_sequence_classifier(model, folder)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")

@@ -159,7 +159,8 @@ class Theirs:
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
-                llm_int8_skip_modules=["classifier", "pooler", "lm_head"],
+                # A name is looked for from the start, or at the end, of a module's whole path.
+                llm_int8_skip_modules=["classifier", r".*pooler", "lm_head"],
             )
             options["device_map"] = {"": self.device}
         auto: Any = transformers.AutoModelForCausalLM

@@ -75,9 +75,11 @@ def sides(directory, method, precision="fp32", generation=None, batch=4, length=
 @pytest.mark.interop
 @pytest.mark.xdist_group("peers")
 @pytest.mark.parametrize("method", peer_cases.METHODS)
-def test_every_method_agrees_with_the_peer_on_an_encoder(bert, method):
+def test_every_method_agrees_with_the_peer_on_an_encoder(bert, method, tmp_path):
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
+        # Rows of whole blocks: of others its kernel for AVX-512 makes wrong numbers.
+        bert = write_model(tmp_path / "wide", hidden_size=64, intermediate_size=128)
     both = sides(bert, method)
     losses = [{name: side.step() for name, side in both.items()} for _ in range(3)]
     agree(losses[0], "fp32")
