@@ -65,24 +65,30 @@ def branched(
     """The same on a base in bf16, for a processor that multiplies it: `x W + scale (x A) B`, each
     product of bf16, added in fp32 and rounded to `out`. The factors count in fp32.
     """
-    return _branched(x, leaf, _factors(leaf, axis), axis, precision, out)
+    first, second = (f.astype(jnp.float32) for f in _factors(leaf, axis))
+    return _branched(x, leaf, (first, second), axis, precision, out)
 
 
 def _branched(x: Any, leaf: Any, factors: Any, axis: int, precision: Any, out: Any) -> Array:
-    first, second = (f.astype(jnp.float32) for f in factors)
-    low = leaf.scale * _exactly(lambda a: dot(x, a, (1, 0), precision, a.dtype), first, 1)
+    first, second = factors
+    low = leaf.scale * _narrow(x, first, precision)
     base = dot(x, leaf.base, (1, axis), precision, jnp.float32)
     return (base + dot(low, second, (1, 0), precision)).astype(out)
+
+
+def _narrow(x: Any, factor: Any, precision: Any) -> Float[Array, "n r"]:
+    """`x`, in bf16, times a factor in fp32; in fp32."""
+    return _exactly(lambda a: dot(x, a, (1, 0), precision, jnp.float32), factor, 1)
 
 
 def _exactly(product: Callable[[Array], Array], x: Float[Array, "i j"], axis: int) -> Array:
     """`product` of `x`, which takes bf16 alone: of it rounded, and of what that leaves out.
 
-    **Arguments:** `product`, which is linear, and leaves the axis `axis` of `x` where it is.
+    **Arguments:** `product`, linear and in fp32, which leaves the axis `axis` of `x` where it is.
     """
     high = jax.lax.reduce_precision(x, 8, 7)
     both = jnp.concatenate([high, x - high], axis).astype(jnp.bfloat16)
-    one, other = jnp.split(product(both).astype(jnp.float32), 2, axis)
+    one, other = jnp.split(product(both), 2, axis)
     return one + other
 
 
@@ -95,21 +101,17 @@ def _branched_backward(
 ) -> tuple[Array, LowRank]:
     x, leaf = saved
     g = g.astype(x.dtype)
-    first, second = _factors(leaf, axis)
+    first, second = (f.astype(jnp.float32) for f in _factors(leaf, axis))
     dx = _branched(g, leaf, (second.T, first.T), 1 - axis, precision, x.dtype)
     pair = (x, g) if axis == 0 else (g, x)
     d_base = outer(*pair, precision, jnp.float32)  # none wants a frozen base's
 
-    def narrow(x: Array, factor: Array) -> Array:
-        def one(a: Array) -> Array:
-            return dot(x, a, (1, 0), precision, jnp.float32)
-
-        return leaf.scale * _exactly(one, factor.astype(jnp.float32), 1)
-
     def move(low: Array, y: Array) -> Array:
         return _exactly(lambda a: dot(a, y, (1, 0), precision, jnp.float32), turned(low), 0)
 
-    moves = move(narrow(g, second.T), x).T, move(narrow(x, first), g)
+    up = leaf.scale * _narrow(g, second.T, precision)
+    low = leaf.scale * _narrow(x, first, precision)
+    moves = move(up, x).T, move(low, g)
     return dx, _cotangent(leaf, axis, d_base, *moves)
 
 

@@ -96,6 +96,24 @@ def test_sums_are_in_fp32(name):
     assert not [line for line in products if ":bf16" in line.split("=")[0]]
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_factors_count_in_fp32(native):
+    x, weight = normal(1, (40, 16), SHORT), normal(2, (40, 8))
+    params, method = {"kernel": jnp.zeros((16, 8), SHORT)}, jpeft.LoRA(2, 4.0, "kernel")
+    state = jax.tree.map(lambda v: normal(3, v.shape), method.init(jax.random.key(0), params))
+
+    def total(state, params, x, **how):
+        rewritten = method.rewrite(params, state)
+        rewritten = jpeft.cpu_products(rewritten, params, **how) if how else rewritten
+        y = jpeft.lift(lambda p, x: jnp.dot(x, p["kernel"], preferred_element_type=jnp.float32))
+        return jnp.sum(weight.astype(SHORT).astype(jnp.float32) * y(rewritten, x))
+
+    graded = jax.jit(jax.value_and_grad(lambda s: total(s, params, x, bf16=native)))
+    long = jpeft.cast(params, jnp.float32), x.astype(jnp.float32)
+    for a, b in zip(graded(state), jax.value_and_grad(total)(state, *long), strict=True):
+        assert distance(a, b) < 3e-5  # bf16 tells 4e-3 apart
+
+
 def test_a_bias_adds_up_in_fp32():
     # In bf16 a sum stands still at 256: a further 1 is less than half of the next step.
     params = {"kernel": jnp.zeros((4, 2), SHORT), "bias": jnp.zeros((1, 2), SHORT)}
