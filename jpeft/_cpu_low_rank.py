@@ -40,7 +40,7 @@ def _summed_backward(axis: int, precision: Any, saved: Any, g: Any) -> tuple[Arr
     d_base = outer(*((x, g) if axis == 0 else (g, x)), precision)  # none wants a frozen base's
     first, second = _factors(leaf, axis)
     up, low = leaf.scale * product(g, second, (1, 1)), leaf.scale * product(x, first, (1, 0))
-    moves = product(turned(up), x, (1, 0)).T, product(turned(low), g, (1, 0))
+    moves = _upright(product(turned(up), x, (1, 0))), product(turned(low), g, (1, 0))
     return dx, _cotangent(leaf, axis, d_base, *moves)
 
 
@@ -50,6 +50,11 @@ summed.defvjp(_summed_forward, _summed_backward)
 def _factors(leaf: LowRank, axis: int) -> tuple[Float[Array, "k r"], Float[Array, "r m"]]:
     """What `x` meets first and what second, when it is multiplied over the base's axis `axis`."""
     return (leaf.b.T, leaf.a.T) if leaf.kinds[axis] == "o" else (leaf.a, leaf.b)
+
+
+def _upright(wide: Float[Array, "r k"]) -> Float[Array, "k r"]:
+    """The same turned round, which is kept out of the product that it comes from."""
+    return jax.lax.optimization_barrier(wide).T
 
 
 def _cotangent(leaf: LowRank, axis: int, base: Array, first: Array, second: Array) -> LowRank:
@@ -111,7 +116,7 @@ def _branched_backward(
 
     up = leaf.scale * _narrow(g, second.T, precision)
     low = leaf.scale * _narrow(x, first, precision)
-    moves = move(up, x).T, move(low, g)
+    moves = _upright(move(up, x)), move(low, g)
     return dx, _cotangent(leaf, axis, d_base, *moves)
 
 
