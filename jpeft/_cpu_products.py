@@ -101,3 +101,37 @@ def _added_backward(shape: tuple[int, ...], g: Array) -> tuple[Array, Array]:
 
 
 added.defvjp(lambda x, bias: (x + bias, bias.shape), _added_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def gathered(
+    table: Array, at: Any, shape: tuple[int, ...], how: tuple[tuple[str, Any], ...]
+) -> Array:
+    """`table`'s slices `at`. The zeros that its gradient is added up in are made when what is to be
+    added is there: XLA for CPUs else makes them first, and holds them through the backward pass.
+
+    **Arguments:** `shape`, the table's; `how`, the parameters of JAX's `gather`.
+    """
+    return jax.lax.gather_p.bind(table, at, **dict(how))
+
+
+def _gathered_backward(
+    shape: tuple[int, ...], how: tuple[tuple[str, Any], ...], at: Any, g: Array
+) -> tuple[Array, None]:
+    p = dict(how)
+    d = p["dimension_numbers"]
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=d.offset_dims,
+        inserted_window_dims=d.collapsed_slice_dims,
+        scatter_dims_to_operand_dims=d.start_index_map,
+        operand_batching_dims=d.operand_batching_dims,
+        scatter_indices_batching_dims=d.start_indices_batching_dims,
+    )
+    g, zero = jax.lax.optimization_barrier((g, jnp.zeros((), g.dtype)))
+    same = {k: p[k] for k in ("indices_are_sorted", "unique_indices", "mode")}
+    return jax.lax.scatter_add(jnp.broadcast_to(zero, shape), at, g, numbers, **same), None
+
+
+gathered.defvjp(
+    lambda table, at, shape, how: (gathered(table, at, shape, how), at), _gathered_backward
+)

@@ -12,19 +12,22 @@ from jaxtyping import Array
 
 from jpeft._cpu_features import multiplies_bf16
 from jpeft._cpu_low_rank import branched, summed
-from jpeft._cpu_products import added, apart, dot, whole
+from jpeft._cpu_products import added, apart, dot, gathered, whole
 from jpeft.by_layer import Layers
 from jpeft.leaf import IN_PLACE, Call, Leaf, Weight, dense, is_leaf, register, static
 from jpeft.lowrank import LowRank
 from jpeft.paths import flatten, replace
 from jpeft.rescale import Scaled
 from jpeft.transform import Params
+from jpeft.uses import Uses
 
 # What leaves a matrix one, however it is laid out.
 ARRANGED = IN_PLACE | {"transpose", "reshape", "squeeze", "slice", "dynamic_slice"}
 
 
-def cpu_products(rewritten: Params, params: Params, *, bf16: bool | None = None) -> Params:
+def cpu_products(
+    rewritten: Params, params: Params, *, uses: Uses | None = None, bf16: bool | None = None
+) -> Params:
     """The same parameters, whose products with activations have gradients made for a CPU.
 
     It is for training, after `Transform.rewrite` and before `lift`:
@@ -40,6 +43,8 @@ def cpu_products(rewritten: Params, params: Params, *, bf16: bool | None = None)
       where barriers are left in the program (see `by_layer`). Else the compiler can weave all from
       one norm to the next into one kernel, whose temporaries it holds beside the program's.
     - The gradient of a bias in bf16 is added up in fp32.
+    - The gradient of a table that is looked up in, and of which `uses` says that nothing else is
+      done with it, takes its memory when it is made, and not before.
 
     In bf16, on a processor that has products of it (AVX-512 BF16, AMX):
 
@@ -57,10 +62,14 @@ def cpu_products(rewritten: Params, params: Params, *, bf16: bool | None = None)
     out: some round what they multiply to bf16, and the sum would lose small updates.
 
     **Arguments:** `rewritten`, from `Transform.rewrite`; `params`, what was given to it: an array
-    of two axes or more that is no longer the same is one that is trained; `bf16`, whether the
-    processor multiplies it: without it, as Linux says of this machine's.
+    of two axes or more that is no longer the same is one that is trained; `uses`, from
+    `jpeft.uses`; `bf16`, whether the processor multiplies it: without it, as Linux says of this
+    machine's.
     """
     before, short = flatten(params), multiplies_bf16() if bf16 is None else bf16
+    # One that is multiplied too is left alone: its gradient is that product's, to which the
+    # compiler adds the rest in place.
+    tables = {p for p, of in (uses or {}).items() if {u.primitive for u in of} == {"gather"}}
 
     def on(path: str, x: Any) -> Any:
         if isinstance(x, LowRank):
@@ -68,7 +77,8 @@ def cpu_products(rewritten: Params, params: Params, *, bf16: bool | None = None)
         if isinstance(x, Scaled) and isinstance(x.base, LowRank):
             return dataclasses.replace(x, base=CpuProduct(x.base, x.path, bf16=short))
         if isinstance(x, Layers) or (not is_leaf(x) and x.ndim > 1):
-            return CpuProduct(x, path, frozen=x is before.get(path), bf16=short)
+            frozen = x is before.get(path)
+            return CpuProduct(x, path, frozen=frozen, table=path in tables, bf16=short)
         return x
 
     found = {path: on(path, x) for path, x in flatten(rewritten).items()}
@@ -80,13 +90,14 @@ def cpu_products(rewritten: Params, params: Params, *, bf16: bool | None = None)
 class CpuProduct(Weight):
     """A weight as it is, but for its products: see `cpu_products`.
 
-    **Attributes:** `base`, an array or a `LowRank`; `frozen`, an array that is not trained; `bf16`,
-    whether the processor multiplies it.
+    **Attributes:** `base`, an array or a `LowRank`; `frozen`, an array that is not trained;
+    `table`, one that is looked up in alone; `bf16`, whether the processor multiplies it.
     """
 
     base: Any
     path: str = static("")
     frozen: bool = static(False)
+    table: bool = static(False)
     bf16: bool = static(False)
 
     @property
@@ -109,6 +120,9 @@ class CpuProduct(Weight):
             found = self._multiplied(call)
             if found is not None:
                 return [found]
+        if call.name == "gather" and index == 0 and self._is_added_up:
+            how = tuple(call.params.items())
+            return [gathered(self.base, call.operands[1], self.shape, how)]
         if call.name == "add":
             other = call.operands[1 - index]
             if self._adds_in_fp32(other, call.shape):
@@ -117,6 +131,12 @@ class CpuProduct(Weight):
         if call.name not in ARRANGED or not jnp.issubdtype(results[0].dtype, jnp.floating):
             return results
         return [dataclasses.replace(self, base=results[0])]
+
+    @property
+    def _is_added_up(self) -> bool:
+        """Whether this is a table whose gradient is wanted."""
+        real = jnp.issubdtype(self.dtype, jnp.floating)
+        return self.table and real and not self.frozen and not isinstance(self.base, Leaf)
 
     def _adds_in_fp32(self, other: Any, shape: tuple[int, ...]) -> bool:
         """Whether this is added to an array of the result's shape, as a trained bias in bf16."""

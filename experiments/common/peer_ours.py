@@ -73,7 +73,7 @@ class Ours:
         self.apply, params = jpeft.functional(model)
         self.batch = self._inputs(batch_of(kind, vocabulary, job["batch"], job["length"]))
         self.transform = transform_of(job["method"], model, self.encoder)
-        uses = jpeft.uses(self.apply, params, *self._arguments(self.batch))
+        uses = self.uses = jpeft.uses(self.apply, params, *self._arguments(self.batch))
         made = jax.jit(lambda key, params: self.transform.init(key, params, uses=uses))
         state = made(jax.random.key(0), params)
         if job["method"] == "prefix":
@@ -144,7 +144,7 @@ class Ours:
         params = self.base.params(frozen)
         rewritten = self.transform.rewrite(params, state)
         if self.job["device"] == "cpu":
-            rewritten = jpeft.cpu_products(rewritten, params)
+            rewritten = jpeft.cpu_products(rewritten, params, uses=self.uses)
         forward, inputs = jpeft.lift(self.apply), self._arguments(batch)
         if self.encoder:
             logits = forward(rewritten, *inputs, **self.options)

@@ -258,7 +258,7 @@ class Trainer:
             )
         out = self.transform.rewrite(params, state, key=key, task=task)
         suits = self.products and jax.default_backend() == "cpu"
-        return jpeft.cpu_products(out, params) if suits else out
+        return jpeft.cpu_products(out, params, uses=self._uses) if suits else out
 
     def _loss(self, state: Any, frozen: Any, batch: Any, key: Any) -> Any:
         own, models = jax.random.split(key)
