@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 
 # What a result that is worth keeping is known by, to `jpeft.models.layers.keep_products`.
 KEPT = "jpeft_kept"
+# A product that sums over no more numbers is made again sooner than kept.
+CHEAP = 64
 
 
 def dot(x: Any, y: Any, over: tuple[int, int], precision: Any, out: Any = None) -> Array:
@@ -68,7 +70,8 @@ def whole(
 
 
 def _whole_forward(x: Any, w: Any, axis: int, precision: Any, out: Any, frozen: bool) -> Any:
-    return checkpoint_name(whole(x, w, axis, precision, out, frozen), KEPT), (x, w)
+    made = whole(x, w, axis, precision, out, frozen)
+    return made if x.shape[1] <= CHEAP else checkpoint_name(made, KEPT), (x, w)
 
 
 def _whole_backward(
@@ -85,6 +88,21 @@ def _whole_backward(
 
 
 whole.defvjp(_whole_forward, _whole_backward)
+
+
+def trained(x: Float[Array, "*b k"], w: Float[Array, "k m"]) -> Float[Array, "*b m"]:
+    """`x w`, of a matrix that is trained."""
+    return _trained(x, w, None)
+
+
+def trained_short(x: Float[Array, "*b k"], w: Float[Array, "k m"]) -> Float[Array, "*b m"]:
+    """The same, of bf16 by products of it with sums in fp32."""
+    return _trained(x, w, x.dtype if x.dtype == jnp.bfloat16 else None)
+
+
+def _trained(x: Array, w: Array, out: Any) -> Array:
+    made: Any = whole(x.reshape(-1, x.shape[-1]), w, 0, None, out, False)
+    return made.reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp

@@ -50,7 +50,10 @@ class Bottleneck:
 @register
 @dataclasses.dataclass(frozen=True)
 class Adapted(Placed):
-    """What the parameter produces as `h + s up(f(down(h)))`, or `h + s up(f(down(x)))`."""
+    """What the parameter produces as `h + s up(f(down(h)))`, or `h + s up(f(down(x)))`.
+
+    **Attributes:** `times`, how rows are multiplied by a matrix.
+    """
 
     base: Any
     down: Any
@@ -63,6 +66,7 @@ class Adapted(Placed):
     scale: float = static(1.0)
     parallel: bool = static(False)
     path: str = static("")
+    times: Callable[[Array, Array], Array] = static(jnp.matmul)
 
     @property
     def arrays(self) -> tuple[str, ...]:
@@ -73,9 +77,9 @@ class Adapted(Placed):
         """The bottleneck's output added to `y`."""
         into = x if self.parallel and x is not None else y
         down, up = self.down.astype(y.dtype), self.up.astype(y.dtype)
-        low = _plus(_through(into.astype(y.dtype), down, free), self.down_bias, free)
+        low = _plus(self._through(into.astype(y.dtype), down, free), self.down_bias, free)
         low = ACTIVATIONS[self.activation](low)
-        out = _plus(_through(low, up, free), self.up_bias, free)
+        out = _plus(self._through(low, up, free), self.up_bias, free)
         return y + out * jnp.asarray(self.scale, y.dtype)
 
     def switched(self, on: Array) -> Adapted:
@@ -83,14 +87,13 @@ class Adapted(Placed):
         up, up_bias = (jnp.where(on, x, 0) for x in (self.up, self.up_bias))
         return dataclasses.replace(self, up=up, up_bias=up_bias)
 
-
-def _through(x: Array, w: Array, free: int) -> Array:
-    """`x w` over the last axis: `(*e, *free, n)` and `(*e, n, m)` to `(*e, *free, m)`."""
-    if w.ndim == 2:
-        return x @ w
-    n = x.ndim - 1 - free
-    rows = x.reshape(*x.shape[:n], math.prod(x.shape[n:-1]), x.shape[-1])
-    return (rows @ w).reshape(*x.shape[:-1], w.shape[-1])
+    def _through(self, x: Array, w: Array, free: int) -> Array:
+        """`x w` over the last axis: `(*e, *free, n)` and `(*e, n, m)` to `(*e, *free, m)`."""
+        if w.ndim == 2:
+            return self.times(x, w)
+        n = x.ndim - 1 - free
+        rows = x.reshape(*x.shape[:n], math.prod(x.shape[n:-1]), x.shape[-1])
+        return (rows @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def _plus(x: Array, bias: Array, free: int) -> Array:

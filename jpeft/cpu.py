@@ -12,12 +12,14 @@ from jaxtyping import Array
 
 from jpeft._cpu_features import multiplies_bf16
 from jpeft._cpu_low_rank import branched, summed
-from jpeft._cpu_products import added, apart, dot, gathered, whole
+from jpeft._cpu_products import added, apart, dot, gathered, trained, trained_short, whole
+from jpeft.adapter import Adapted
 from jpeft.by_layer import Layers
 from jpeft.leaf import IN_PLACE, Call, Leaf, Weight, dense, is_leaf, register, static
 from jpeft.lowrank import LowRank
 from jpeft.paths import flatten, replace
 from jpeft.rescale import Scaled
+from jpeft.site import Placed
 from jpeft.transform import Params
 from jpeft.uses import Uses
 
@@ -32,9 +34,10 @@ def cpu_products(
 
     It is for training, after `Transform.rewrite` and before `lift`:
 
-    - A matrix that is trained whole has its gradient worked out by itself, with the narrower of
-      what it is a product of turned round first. Left to the compiler it is turned itself, and
-      woven into the copy to where gradients of layers are stacked, which is slower.
+    - A matrix that is trained whole, an adapter's two among them, has its gradient worked out by
+      itself, with the narrower of what it is a product of turned round first. Left to the compiler
+      it is turned itself, and woven into the copy to where gradients of layers are stacked, which
+      is slower; an adapter's went a way of two or three times the time.
     - A matrix with a low-rank update multiplies by the sum `base + scale A B`, formed anew for each
       product of as many rows as the matrix has or more. The branch `(x A) B` goes over the
       activations several times, which costs more than the sum. What comes back to A and B goes
@@ -48,8 +51,9 @@ def cpu_products(
 
     In bf16, on a processor that has products of it (AVX-512 BF16, AMX):
 
-    - Every product is of bf16 with sums in fp32, which XLA for CPUs does where the result is wanted
-      in fp32 alone, and is rounded then: 1.5 to 2 times the rate of products in fp32.
+    - Every product with a weight is of bf16 with sums in fp32, which XLA for CPUs does where the
+      result is wanted in fp32 alone, and is rounded then: 1.5 to 2 times the rate of products in
+      fp32.
     - A low-rank update stays a branch. What its factors have beyond bf16 is a product too, so that
       they count in fp32.
 
@@ -74,8 +78,10 @@ def cpu_products(
     def on(path: str, x: Any) -> Any:
         if isinstance(x, LowRank):
             return CpuProduct(x, x.path, bf16=short)
-        if isinstance(x, Scaled) and isinstance(x.base, LowRank):
-            return dataclasses.replace(x, base=CpuProduct(x.base, x.path, bf16=short))
+        if isinstance(x, Scaled | Placed):  # concrete ones are dataclasses
+            x = dataclasses.replace(x, base=on(path, x.base))  # type: ignore[type-var]
+        if isinstance(x, Adapted):
+            return dataclasses.replace(x, times=trained_short if short else trained)
         if isinstance(x, Layers) or (not is_leaf(x) and x.ndim > 1):
             frozen = x is before.get(path)
             return CpuProduct(x, path, frozen=frozen, table=path in tables, bf16=short)

@@ -18,6 +18,7 @@ from experiments.common.numbers import Optimiser
 from experiments.common.pipeline import Batch, Shapes, Share, in_order, share_of
 from experiments.common.scale import Scale, all_axes
 from experiments.common.tokens import Example
+from jpeft._cpu_features import multiplies_bf16
 from jpeft.paths import flatten
 from sharding import Axes, State, Step, make_step
 
@@ -82,7 +83,8 @@ def loss_of(
 
 
 def compiler_options(barriers: bool = False) -> dict[str, Any] | None:
-    """What the compiler is told: on a CPU, not to interleave independent products.
+    """What the compiler is told: on a CPU, not to interleave independent products; and on one that
+    multiplies bf16, which is new enough not to slow its clock for them, to use 512 bits at once.
 
     **Arguments:** `barriers`, leave them in the program to its end. What `remat` makes again for
     the backward pass the compiler for CPUs else takes from the forward pass, and keeps till then,
@@ -91,6 +93,8 @@ def compiler_options(barriers: bool = False) -> dict[str, Any] | None:
     if jax.default_backend() != "cpu":
         return None
     made: dict[str, Any] = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    if multiplies_bf16():
+        made["xla_cpu_prefer_vector_width"] = 512
     return made | ({"xla_disable_hlo_passes": "cse_barrier_expander"} if barriers else {})
 
 

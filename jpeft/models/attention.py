@@ -32,8 +32,9 @@ def attention(
 
     **Arguments:** `rows`, the examples worked on at a time: small pieces stay in a CPU's cache,
     and their gradient is written out by hand in the order of operands that CPUs multiply fastest
-    (`jax.vjp` and `jax.grad` only, no forward mode). None, and whenever there is dropout: all at
-    once, with JAX's own derivative.
+    (`jax.vjp` and `jax.grad` only, no forward mode). Their products are in fp32, of bf16 too: so
+    small, they are no slower than bf16's. None, and whenever there is dropout: all at once, with
+    JAX's own derivative.
 
     Source: Vaswani et al. 2017, equation 1.
     """
@@ -51,6 +52,10 @@ def attention(
 
 def _split(x: Float[Array, "b t d"], heads: int) -> Float[Array, "b h t w"]:
     return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+
+def _wide(x: Float[Array, "b t d"], heads: int) -> Float[Array, "b h t w"]:
+    return _split(x, heads).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _join(x: Float[Array, "b h t w"]) -> Float[Array, "b t d"]:
@@ -75,16 +80,15 @@ def _cuts(arrays: tuple[Any, ...], rows: int) -> list[tuple[Any, ...]]:
 
 
 def _attended(query: Any, key: Any, value: Any, bias: Any, heads: int) -> Any:
-    q, k, v = _split(query, heads), _split(key, heads), _split(value, heads)
+    q, k, v = (_wide(x, heads) for x in (query, key, value))
     powers, total = _softmax(q, k, bias)
-    out = jnp.einsum("bhqk,bhkd->bhqd", powers.astype(v.dtype), v).astype(jnp.float32) / total
+    out = jnp.einsum("bhqk,bhkd->bhqd", powers, v) / total
     return _join(out.astype(query.dtype))
 
 
 def _softmax(q: Any, k: Any, bias: Any) -> tuple[Any, Any]:
     """The softmax's numerator and denominator, apart: dividing the output is less work."""
-    scores = jnp.einsum("bhqd,bhdk->bhqk", q * q.shape[-1] ** -0.5, k.swapaxes(2, 3))
-    scores = scores.astype(jnp.float32) + bias
+    scores = jnp.einsum("bhqd,bhdk->bhqk", q * q.shape[-1] ** -0.5, k.swapaxes(2, 3)) + bias
     powers = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     return powers, jnp.sum(powers, axis=-1, keepdims=True)
 
@@ -98,22 +102,21 @@ def _backward(heads: int, rows: int, saved: Any, g_out: Any) -> Any:
 
 def _pulled_back(
     query: Any, key: Any, value: Any, bias: Any, g_out: Any, heads: int
-) -> tuple[Any, Any, Any]:
-    q, k, v = _split(query, heads), _split(key, heads), _split(value, heads)
+) -> tuple[Any, ...]:
+    q, k, v, g_out = (_wide(x, heads) for x in (query, key, value, g_out))
     powers, total = _softmax(q, k, bias)
-    g_out = _split(g_out, heads).astype(jnp.float32)
-    g = (g_out / total).astype(v.dtype)
-    # Turned round before the division: after it the product would take the turn into itself.
-    g_turned = (g_out.swapaxes(2, 3) / total.swapaxes(2, 3)).astype(v.dtype)
-    g_value = jnp.einsum("bhdq,bhqk->bhdk", g_turned, powers.astype(v.dtype))
-    g_powers = jnp.einsum("bhqd,bhdk->bhqk", g, v.swapaxes(2, 3))
+    # Turned round before the division, and kept so: else the product takes the turn into itself.
+    g_turned = jax.lax.optimization_barrier(g_out.swapaxes(2, 3) / total.swapaxes(2, 3))
+    g_value = jnp.einsum("bhdq,bhqk->bhdk", g_turned, powers)
+    g_powers = jnp.einsum("bhqd,bhdk->bhqk", g_out / total, v.swapaxes(2, 3))
     # Of whole rows at hand: the output, of which the paper has this sum, need not be kept.
     shift = jnp.sum(powers * g_powers, axis=-1, keepdims=True) / total
-    g_scores = (powers * (g_powers - shift)).astype(q.dtype)
+    g_scores = powers * (g_powers - shift)
     scale = q.shape[-1] ** -0.5
     g_query = jnp.einsum("bhqk,bhkd->bhqd", g_scores, k) * scale
     g_key = jnp.einsum("bhdq,bhqk->bhdk", q.swapaxes(2, 3) * scale, g_scores)
-    return _join(g_query), _join(g_key.swapaxes(2, 3)), _join(g_value.swapaxes(2, 3))
+    found = g_query, g_key.swapaxes(2, 3), g_value.swapaxes(2, 3)
+    return tuple(_join(g).astype(x.dtype) for g, x in zip(found, (query, key, value), strict=True))
 
 
 _pieces.defvjp(_forward, _backward)

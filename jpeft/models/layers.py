@@ -12,10 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jpeft._cpu_products import KEPT
-
-# A product that sums over no more numbers is made again sooner than kept.
-CHEAP = 64
+from jpeft._cpu_products import CHEAP, KEPT
 
 # Whether layers forget their activations, or a policy for what they keep.
 Remat = bool | Callable[..., Any]

@@ -16,6 +16,7 @@ METHODS = {
     "lora": jpeft.LoRA(2, 4.0, r"kernel$"),
     "lora in bf16": jpeft.LoRA(2, 4.0, r"kernel$"),
     "lora on what is trained": jpeft.chain(jpeft.Train(r"kernel$"), jpeft.LoRA(2, 4.0, r"kernel$")),
+    "adapter": jpeft.Adapter(5, r"kernel$"),
 }
 
 
@@ -85,7 +86,7 @@ def test_loss_and_gradients_are_near_those_of_fp32(name, native):
     }
 
 
-@pytest.mark.parametrize("name", ["lora", "train"])
+@pytest.mark.parametrize("name", ["lora", "train", "adapter"])
 def test_sums_are_in_fp32(name):
     method, state, x = started(name)
     text = str(

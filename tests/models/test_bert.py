@@ -83,6 +83,24 @@ def test_attention_in_pieces_equals_attention_at_once(rows):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_attention_in_pieces_rounds_bf16_at_the_end_alone():
+    keys = jax.random.split(jax.random.key(1), 4)
+    given = [jax.random.normal(x, (6, 40, 12), jnp.bfloat16) for x in keys]
+    keep = jnp.arange(40)[None] < jnp.array([40, 3, 1, 20, 7, 33])[:, None]
+
+    def run(rows, q, k, v, g):
+        out, pull = jax.vjp(lambda *a: attention(*a, keep, heads=3, rows=rows), q, k, v)
+        return (out, *pull(g))
+
+    exact = run(None, *(x.astype(jnp.float32) for x in given))
+    for pieces, whole, want in zip(run(4, *given), run(None, *given), exact, strict=True):
+        assert pieces.dtype == jnp.bfloat16
+        # bf16 has eight bits: rounding moves a number by 1/256 of itself at most.
+        near = {"rtol": 2**-8, "atol": 1e-5}
+        np.testing.assert_allclose(pieces.astype(jnp.float32), want, **near)
+        assert not np.allclose(whole.astype(jnp.float32), want, **near)
+
+
 def model_of(config=None, **options):
     config = config or tiny_config()
     return BertForSequenceClassification(config, 2, rngs=nnx.Rngs(0), **options)
