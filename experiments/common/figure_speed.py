@@ -8,7 +8,7 @@ from typing import Any
 from experiments.common.figure_parts import markdown, read, score, source
 
 # Of a row that several runs have, the last one's stands.
-PEERS = ("two_core_cpu", "two_core_cpu_bf16", "two_core_cpu_full")
+PEERS = ("two_core_cpu", "two_core_cpu_bf16")
 
 
 def peers() -> str:
