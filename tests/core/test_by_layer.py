@@ -34,6 +34,11 @@ TRANSFORMS = {
     "lora": jpeft.LoRA(rank=2, targets=r"kernel$"),
     "full": jpeft.Train(r".*"),
     "bias": jpeft.chain(jpeft.Adapter(3, r"dense/bias$|c_proj/bias$"), jpeft.Train(r"scale$")),
+    "kernel": jpeft.chain(
+        jpeft.IA3(r"(intermediate/dense|c_fc)/kernel$"),
+        jpeft.Adapter(3, r"dense/kernel$|c_proj/kernel$"),
+        jpeft.PrefixTuning(2, r"(key|value)/kernel$|c_attn/kernel$"),
+    ),
 }
 
 
@@ -65,7 +70,10 @@ def step_of(name, method, apart, unroll=8, products=False):
 CASES = [("one position", "lora"), ("encoder", "bias"), ("encoder", "full"), ("decoder", "full")]
 
 
-@pytest.mark.parametrize(("name", "method"), [*CASES, ("decoder", "lora")])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*CASES, ("decoder", "lora"), ("encoder", "kernel"), ("decoder", "kernel")],
+)
 def test_layers_apart_give_the_same(name, method):
     step, inputs = step_of(name, method, True, products=True)
     value, grads = step(*inputs)
