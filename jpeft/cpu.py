@@ -37,7 +37,7 @@ def cpu_products(
     - A matrix that is trained whole, an adapter's two among them, has its gradient worked out by
       itself, with the narrower of what it is a product of turned round first. Left to the compiler
       it is turned itself, and woven into the copy to where gradients of layers are stacked, which
-      is slower; an adapter's went a way of two or three times the time.
+      is slower.
     - A matrix with a low-rank update multiplies by the sum `base + scale A B`, formed anew for each
       product of as many rows as the matrix has or more. The branch `(x A) B` goes over the
       activations several times, which costs more than the sum. What comes back to A and B goes
@@ -61,9 +61,10 @@ def cpu_products(
     not lost, and the result is rounded; and a product of bf16 whose result is wanted in fp32
     (logits) is one of fp32: of the two that the compiler may choose it is the faster one.
 
-    Everything else, such as a quantised base or dropout in the low-rank branch, is multiplied as it
-    was. Forward-mode derivatives (`jax.jvp`) are not defined through it. On an accelerator leave it
-    out: some round what they multiply to bf16, and the sum would lose small updates.
+    A weight under an adapter, a prefix or a rescaling is multiplied in the same way. Everything
+    else, such as a quantised base or dropout in the low-rank branch, is multiplied as it was.
+    Forward-mode derivatives (`jax.jvp`) are not defined through it. On an accelerator leave it out:
+    some round what they multiply to bf16, and the sum would lose small updates.
 
     **Arguments:** `rewritten`, from `Transform.rewrite`; `params`, what was given to it: an array
     of two axes or more that is no longer the same is one that is trained; `uses`, from
