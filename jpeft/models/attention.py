@@ -32,9 +32,9 @@ def attention(
 
     **Arguments:** `rows`, the examples worked on at a time: small pieces stay in a CPU's cache,
     and their gradient is written out by hand in the order of operands that CPUs multiply fastest
-    (`jax.vjp` and `jax.grad` only, no forward mode). Their products are in fp32, of bf16 too: so
-    small, they are no slower than bf16's. None, and whenever there is dropout: all at once, with
-    JAX's own derivative.
+    (`jax.vjp` and `jax.grad` only, no forward mode). Their products are in fp32, of bf16 too, of
+    which XLA for CPUs rounds the operands and multiplies in fp32 all the same. None, and whenever
+    there is dropout: all at once, with JAX's own derivative.
 
     Source: Vaswani et al. 2017, equation 1.
     """

@@ -104,6 +104,25 @@ def test_any_number_of_axes_and_a_turned_weight(turned, transform, shape):
 
 
 @pytest.mark.parametrize(
+    "transform", [jpeft.Train("kernel"), jpeft.Adapter(3, "kernel")], ids=["train", "adapter"]
+)
+def test_no_gradient_is_a_product_over_the_rows_of_both(transform):
+    x, params = normal(1, (12, 4)), {"kernel": normal(2, (4, 5))}
+    state = transform.init(jax.random.key(1), params)
+    forward = jpeft.lift(lambda p, x: product(x, p["kernel"]))
+
+    def loss(state, made):
+        rewritten = transform.rewrite(params, state)
+        rewritten = jpeft.cpu_products(rewritten, params) if made else rewritten
+        return jnp.sum(jnp.sin(forward(rewritten, x)))
+
+    plain, made = (str(jax.make_jaxpr(jax.grad(lambda s, m=m: loss(s, m)))(state).jaxpr)
+                   for m in (False, True))  # fmt: skip
+    assert "([0], [0])" in plain
+    assert "([0], [0])" not in made
+
+
+@pytest.mark.parametrize(
     "case", ["few rows", "factors in bf16", "dropout", "quantised", "rescaled", "three axes"]
 )
 def test_what_it_does_not_suit_is_as_it_was(case):
