@@ -264,7 +264,7 @@ def draw(config: Config, name: str, result: dict[str, Any], console: Console) ->
         axes.set_xticks(x, [f"{v:,}" for v in x])
         axes.set_xlabel(NAMES[name])
         axes.set_ylabel("ms a training step")
-        axes.set_title(what({**result["config"], name: "-"}), fontsize=8)
+        axes.set_title(what({**result["config"], name: "n"}), fontsize=8)
         axes.legend(frameon=False, fontsize=8)
         axes.grid(alpha=0.3)
 

@@ -21,13 +21,16 @@ _EACH = frozenset(("convert_element_type", "copy", "copy_p", "reduce_precision")
 
 
 def by_layer(arrays: Mapping[str, Any], uses: Uses) -> dict[str, Any]:
-    """The same arrays, with `Layers` for each that the model slices along its first axis.
+    """The same arrays, with `Layers` for each stack of matrices, or of more axes, that the model
+    slices along its first axis.
 
     It is for a step compiled for a CPU, of a model whose layers are straight-line code (`unroll`,
     as many as there are). Such a program copies each layer's weights out of their stack before it
     multiplies by them, and keeps the copies for the backward pass; the gradients of a trained stack
-    it lays out in one more. Apart, weights are multiplied, and trained, where they are. A loop over
-    layers stacks them again at every step: leave it out there. `jpeft.merge` stacks them for good.
+    it lays out in one more. Apart, weights are multiplied, and trained, where they are. Vectors
+    stay in their stack: they are cheap to copy, and an optimiser's step for each is a longer
+    program. A loop over layers stacks them again at every step: leave it out there. `jpeft.merge`
+    stacks them for good.
 
     With `remat`, compile with `xla_disable_hlo_passes` at `cse_barrier_expander`: else the compiler
     keeps of straight-line code what was to be made again.
@@ -39,6 +42,8 @@ def by_layer(arrays: Mapping[str, Any], uses: Uses) -> dict[str, Any]:
     def on(path: str, x: Any) -> Any:
         found = uses.get(path, ())
         if isinstance(x, Leaf) or not found or any(use.scanned != (0,) for use in found):
+            return x
+        if len(x.shape) <= 2:  # the stack of vectors
             return x
         if isinstance(x, jax.ShapeDtypeStruct):
             one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)

@@ -98,6 +98,7 @@ class Ours:
         self.jitted = jax.jit(step, donate_argnums=(0, 1), compiler_options=options)
         self.loss_alone = jax.jit(self._loss, compiler_options=options)
         self.held = (state, optimiser.init(state))
+        self.program: Any = None
         if job["generation"] is not None:
             made = batch_of(
                 kind, vocabulary, job["generation"]["rows"], job["generation"]["prompt"]
@@ -155,7 +156,7 @@ class Ours:
 
     def step(self) -> float:
         """One training step; its loss."""
-        *held, value = self.jitted(*self.held, self.base.arrays, self.batch)
+        *held, value = self._compiled()(*self.held, self.base.arrays, self.batch)
         self.held = tuple(held)
         return float(value)
 
@@ -208,7 +209,11 @@ class Ours:
         return traced(self.step, self._compiled().as_text(), steps)
 
     def _compiled(self) -> Any:
-        return self.jitted.lower(*self.held, self.base.arrays, self.batch).compile()
+        if self.program is None:
+            self.program = self.jitted.lower(*self.held, self.base.arrays, self.batch).compile()
+            # What it was traced from stays in memory else, and is not needed again.
+            jax.clear_caches()
+        return self.program
 
 
 def _by_layer(arrays: dict[str, Any], uses: Uses) -> dict[str, Any]:

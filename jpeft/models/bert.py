@@ -75,19 +75,24 @@ class Encoder(nnx.Module):
             made = nnx.merge(graphdef, own[0])
             return made.closed(made(x, keep, own[1], at, idle))
 
-        # Straight-line, a layer begins with the norm that ends the one before: the sum between them
-        # is all that either has to keep, and the product in it is not kept beside.
-        def summed(x: Array, before: Any, own: tuple[Any, Any], at: int | None) -> Array:
+        # Straight-line, a layer begins with the norm that ends the one before, and is two halves,
+        # each from a norm to a sum. Of what is between them the sums alone are kept, and the second
+        # half's part of the backward pass is over when the first half is made again for its own.
+        def attended(x: Array, before: Any, own: tuple[Any, Any], at: int | None) -> Array:
             x = x if before is None else nnx.merge(graphdef, before).closed(x)
-            return nnx.merge(graphdef, own[0])(x, keep, own[1], at, idle)
+            return nnx.merge(graphdef, own[0]).attended(x, keep, own[1], at, idle)
+
+        def fed(x: Array, own: tuple[Any, Any]) -> Array:
+            return nnx.merge(graphdef, own[0]).fed(x, own[1])
 
         n = self.layers - 1
         if self.unroll >= (self.layers if at is None else n):
             before = None
             for i in range(self.layers):
                 own, here = layer(i), at if i == n else None
-                body = rematerialised(functools.partial(summed, at=here), self.remat)
-                x, before = body(x, before, own), own[0]
+                first = rematerialised(functools.partial(attended, at=here), self.remat)
+                x = rematerialised(fed, self.remat)(first(x, before, own), own)
+                before = own[0]
             return nnx.merge(graphdef, before).closed(x)
         if at is None:
             body = rematerialised(lambda x, own: (step(x, own), None), self.remat)

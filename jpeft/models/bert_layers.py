@@ -164,7 +164,7 @@ class Attention(nnx.Module):
         at: int | None,
         idle: Places,
     ) -> Float[Array, "b q d"]:
-        """The attention block, residual and norm included."""
+        """The attention block's residual sum, before its norm."""
         asking = x if at is None else x[:, at : at + 1]
         mixed = attention(
             *self.self(asking, x, idle),
@@ -174,7 +174,7 @@ class Attention(nnx.Module):
             key=keys[0],
             rows=self.rows,
         )
-        return self.output(mixed, asking, keys[1])
+        return self.output.summed(mixed, asking, keys[1])
 
 
 class Intermediate(nnx.Module):
@@ -187,6 +187,11 @@ class Intermediate(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
         """`act(x W + b)`."""
         return self.act(self.dense(x))
+
+
+def _keys(key: PRNGKeyArray | None) -> tuple[PRNGKeyArray | None, ...]:
+    """Those of a layer's three places for dropout."""
+    return (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
 
 
 class Layer(nnx.Module):
@@ -206,9 +211,23 @@ class Layer(nnx.Module):
         idle: Places,
     ) -> Float[Array, "b q d"]:
         """The last residual sum, of every position or of the one `at`; see `Bert`."""
-        keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
-        x = self.attention(x, keep, keys[:2], at, idle)
-        return self.output.summed(self.intermediate(x), x, keys[2])
+        return self.fed(self.attended(x, keep, key, at, idle), key)
+
+    def attended(
+        self,
+        x: Float[Array, "b t d"],
+        keep: Bool[Array, "b s"],
+        key: PRNGKeyArray | None,
+        at: int | None,
+        idle: Places,
+    ) -> Float[Array, "b q d"]:
+        """The first half, as far as its residual sum."""
+        return self.attention(x, keep, _keys(key)[:2], at, idle)
+
+    def fed(self, summed: Float[Array, "b q d"], key: PRNGKeyArray | None) -> Float[Array, "b q d"]:
+        """The second half, from the norm that ends the first to the last residual sum."""
+        x = self.attention.output.LayerNorm(summed)
+        return self.output.summed(self.intermediate(x), x, _keys(key)[2])
 
     def closed(self, summed: Float[Array, "b q d"]) -> Float[Array, "b q d"]:
         """The layer's output: the norm of its last sum."""

@@ -55,7 +55,9 @@ def _in_fp32(both: _Both) -> _Both:
 def _gelu(x: Array) -> tuple[Array, Array]:
     # jax.nn.gelu goes through erfc, which costs more on a CPU and agrees to the last few bits.
     below = 0.5 * (1 + jax.lax.erf(x * (1 / math.sqrt(2))))
-    return x * below, below + x * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    # The same again: where both are wanted a CPU's program else keeps this one for the other.
+    again = 0.5 * (1 - jax.lax.erf(x * (-1 / math.sqrt(2))))
+    return x * below, again + x * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
 
 
 def _gelu_tanh(x: Array) -> tuple[Array, Array]:

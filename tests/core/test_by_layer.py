@@ -149,6 +149,8 @@ def test_what_is_not_sliced_stays_whole():
         apart["embeddings/word_embeddings/embedding"]
         is arrays["embeddings/word_embeddings/embedding"]
     )
+    bias = "encoder/layer/intermediate/dense/bias"
+    assert apart[bias] is arrays[bias]  # a stack of vectors
     kernel = apart["encoder/layer/intermediate/dense/kernel"]
     assert [x.shape for x in kernel.base] == [(32, 256)] * 3
     shapes = jpeft.by_layer(jax.eval_shape(lambda: arrays), uses)

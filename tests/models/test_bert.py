@@ -145,6 +145,15 @@ def test_keeping_products_alone_keeps_less():
     assert temporaries(remat=keep_products) < 0.9 * temporaries()
 
 
+def test_a_straight_line_layer_is_made_again_in_two_halves():
+    apply, params = jpeft.functional(model_of(unroll=64, remat=True))
+    ids = jnp.ones((2, 4), jnp.int32)
+    program = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(apply(p, ids, ids, ids) ** 2)))(params)
+    pieces = [eqn for eqn in program.eqns if eqn.primitive.name in ("checkpoint", "remat2")]
+    # What goes back through the MLP is at hand before the attention is made again for its own.
+    assert len(pieces) == 2 * tiny_config().num_hidden_layers
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_padding_changes_nothing(pooling):
     model = model_of(pooling=pooling)
