@@ -135,16 +135,10 @@ class Output(nnx.Module):
         self.dense = parts.linear(n_in, parts.config.hidden_size)
         self.LayerNorm = parts.norm()
 
-    def __call__(
-        self, x: Float[Array, "b t n"], residual: Float[Array, "b t d"], key: PRNGKeyArray | None
-    ) -> Float[Array, "b t d"]:
-        """`LayerNorm(residual + dropout(x W + b))`."""
-        return self.LayerNorm(self.summed(x, residual, key))
-
     def summed(
         self, x: Float[Array, "b t n"], residual: Float[Array, "b t d"], key: PRNGKeyArray | None
     ) -> Float[Array, "b t d"]:
-        """The same before the norm."""
+        """`residual + dropout(x W + b)`, before the norm."""
         return residual + dropout(self.dense(x), self.rate, key)
 
 
