@@ -43,7 +43,7 @@ def machine_layout(encoder: bool = True, long: bool = False, full: bool = False)
     stay in a scan, which compiles sooner. Elsewhere none, but for `long`.
 
     **Arguments:** `long`, for a step that is compiled once and run many times: all layers are
-    straight-line code, which takes two to four times as long to compile; `jpeft.by_layer`, and on a
+    straight-line code, which takes longer to compile; `jpeft.by_layer`, and on a
     CPU barriers left in place by the compiler, belong to it. On a GPU a scan copies weights out of
     their stacks and what the backward pass reads into others. `full`, everything is trained: on a
     CPU of a decoder too products alone are kept.

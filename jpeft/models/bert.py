@@ -71,10 +71,6 @@ class Encoder(nnx.Module):
             index = jax.lax.index_in_dim if isinstance(i, int) else jax.lax.dynamic_index_in_dim
             return jax.tree.map(lambda a: index(a, i, keepdims=False), (state, keys))
 
-        def step(x: Array, own: tuple[Any, Any], at: int | None = None) -> Array:
-            made = nnx.merge(graphdef, own[0])
-            return made.closed(made(x, keep, own[1], at, idle))
-
         # Straight-line, a layer begins with the norm that ends the one before, and is two halves,
         # each from a norm to a sum. Of what is between them the sums alone are kept, and the second
         # half's part of the backward pass is over when the first half is made again for its own.
@@ -84,6 +80,9 @@ class Encoder(nnx.Module):
 
         def fed(x: Array, own: tuple[Any, Any]) -> Array:
             return nnx.merge(graphdef, own[0]).fed(x, own[1])
+
+        def step(x: Array, own: tuple[Any, Any], at: int | None = None) -> Array:
+            return nnx.merge(graphdef, own[0]).closed(fed(attended(x, None, own, at), own))
 
         n = self.layers - 1
         if self.unroll >= (self.layers if at is None else n):

@@ -189,23 +189,12 @@ def _keys(key: PRNGKeyArray | None) -> tuple[PRNGKeyArray | None, ...]:
 
 
 class Layer(nnx.Module):
-    """One transformer layer, normalised after each residual sum."""
+    """One transformer layer, normalised after each residual sum: `attended`, `fed`, `closed`."""
 
     def __init__(self, parts: Parts) -> None:
         self.attention = Attention(parts)
         self.intermediate = Intermediate(parts)
         self.output = Output(parts, parts.config.intermediate_size)
-
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        keep: Bool[Array, "b s"],
-        key: PRNGKeyArray | None,
-        at: int | None,
-        idle: Places,
-    ) -> Float[Array, "b q d"]:
-        """The last residual sum, of every position or of the one `at`; see `Bert`."""
-        return self.fed(self.attended(x, keep, key, at, idle), key)
 
     def attended(
         self,
@@ -215,7 +204,9 @@ class Layer(nnx.Module):
         at: int | None,
         idle: Places,
     ) -> Float[Array, "b q d"]:
-        """The first half, as far as its residual sum."""
+        """The first half, as far as its residual sum: of every position or of the one `at`; see
+        `Bert`.
+        """
         return self.attention(x, keep, _keys(key)[:2], at, idle)
 
     def fed(self, summed: Float[Array, "b q d"], key: PRNGKeyArray | None) -> Float[Array, "b q d"]:
