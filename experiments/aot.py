@@ -1,6 +1,6 @@
-"""What training a model takes on TPUs that are not here: a step, compiled and read.
+"""What training a model takes on TPUs or GPUs that are not here: a step, compiled and read.
 
-Bytes on a chip by kind, whether that fits, flops, collectives, and the least time that a step can
+Bytes on a device by kind, whether that fits, flops, collectives, and the least time that a step can
 take. Only shapes are made, no weights. `--search` finds the largest batch that fits.
 """
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from experiments.common.command import command
 from experiments.common.methods import Method, Sizes
 from experiments.common.numbers import Keep, Optimiser, Precision, Quantised, Stage
-from experiments.common.report import describe_machine, peak_memory, versions, write_json
+from experiments.common.report import COMPILERS, describe_machine, peak_memory, versions, write_json
 
 if TYPE_CHECKING:
     from sharding.aot import Report
@@ -29,9 +29,10 @@ class Config:
     """What to compile, and for what."""
 
     topology: str = "v5e:4x4"
-    """A kind of TPU and the shape of its slice, such as v5e:16x16, v5p:4x4x4 or v6e:8x8."""
+    """A kind of TPU and the shape of its slice, such as v5e:16x16, v5p:4x4x4 or v6e:8x8, or one of
+    GPU and how many hosts have how many each, such as h100:2x8."""
     slices: int = 1
-    """So many slices, joined by the data-centre network."""
+    """So many slices of TPUs, joined by the data-centre network."""
     model: str = "llama-3-8b"
     """A published model's name (experiments/common/named.py), a directory, or a config.json."""
     method: Method = "lora"
@@ -107,7 +108,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         "wall_seconds": time.perf_counter() - start,
         "peak_memory": peak_memory(),
         "machine": describe_machine(),
-        "versions": versions("libtpu"),
+        "versions": versions(*COMPILERS),
     }
     show(result, console)
     if config.out is not None:
@@ -121,10 +122,10 @@ def compiled(config: Config) -> dict[str, Any]:
     """What the compiled step says, as `result.json` has it."""
     from experiments.common.plan import plan
     from sharding import make_mesh
-    from sharding.aot import GATHERS, PLAIN, compile_for, topology
+    from sharding.aot import compile_for, options_for, topology
 
-    options = {**GATHERS, **(PLAIN if config.plain else {}), **parsed(config.options)}
     mesh = make_mesh(config.mesh, topology(config.topology, config.slices))
+    options = options_for(mesh, config.plain) | parsed(config.options)
     planned = plan(config, mesh)
     report = compile_for(*planned.arguments(config.batch), options=options)
     needed = planned.model_flops(config.batch)

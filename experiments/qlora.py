@@ -1,7 +1,7 @@
 """QLoRA: one adapter on a base in bf16, 8 and 4 bits: score, memory and time of a step.
 
 Without arguments: on the sample of this package. `--report-65b` prints what one device holds of a
-training step of Llama-65B, from the step compiled for a TPU that need not be there.
+training step of Llama-65B, from the step compiled for a TPU or GPU that need not be there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from experiments.common.models import fetch_model
 from experiments.common.numbers import Quantised
 from experiments.common.pipeline import Batches
 from experiments.common.plots import COLOURS, figure, source_line
-from experiments.common.report import describe_machine, versions, write_json
+from experiments.common.report import COMPILERS, describe_machine, versions, write_json
 from experiments.common.sweep import SweepConfig, metric_of, refuse, runs_of, sweep, write_result
 from experiments.common.timing import timed_steps
 
@@ -38,6 +38,8 @@ class Config(SweepConfig):
     """What the base's linear layers are kept in."""
     report_65b: bool = False
     """Print the memory of Llama-65B's and Llama-3-8B's QLoRA steps instead, rank 64, 1 x 512."""
+    topology: str = qlora_account.TOPOLOGY
+    """With --report-65b: one device of this is compiled for, such as a6000:1x1, a GPU of 48 GB."""
 
 
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
@@ -45,6 +47,10 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     if config.report_65b:
         return report(config, console)
+    if config.topology != qlora_account.TOPOLOGY:
+        raise ValueError(
+            "--topology is of --report-65b: training runs on the devices that are here"
+        )
     refuse(config, quantize="--formats")
     if len(set(config.formats)) != len(config.formats) or not config.formats:
         raise ValueError(f"--formats are one or more, each once; got {config.formats}")
@@ -124,12 +130,12 @@ def draw(
 def report(config: Config, console: Console) -> dict[str, Any]:
     """Print and write the account of large models' steps."""
     ready(config.out, config.overwrite)
-    rows = qlora_account.accounts(console)
+    rows = qlora_account.accounts(console, config.topology)
     result = {
-        "topology": qlora_account.TOPOLOGY,
+        "topology": config.topology,
         "rows": rows,
         "machine": describe_machine(),
-        "versions": versions("libtpu"),
+        "versions": versions(*COMPILERS),
     }
     for model in dict.fromkeys(r["model"] for r in rows):
         console.print(qlora_account.table([r for r in rows if r["model"] == model]))

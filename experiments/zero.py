@@ -1,7 +1,7 @@
 """ZeRO's stages on four devices, as pictures: what each device has, and what it holds in a step.
 
 Bytes are those of the shardings that training uses; the walk through a step is read from the
-program compiled for four TPUs (`pip install jpeft[tpu]`; no TPU is needed).
+program compiled for four TPUs or GPUs that need not be there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.table import Table
 from experiments.common.command import command, ready
 from experiments.common.numbers import Stage
 from experiments.common.plots import COLOURS, figure
-from experiments.common.report import describe_machine, versions, write_json
+from experiments.common.report import COMPILERS, describe_machine, versions, write_json
 
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 KINDS = ("parameters", "gradients", "optimiser")
@@ -41,7 +41,7 @@ class Config:
     stages: tuple[Stage, ...] = STAGES
     """ZeRO's stages whose step is compiled."""
     topology: str = "v5e:2x2"
-    """The TPUs that the step is compiled for."""
+    """What the step is compiled for: four TPUs, or GPUs such as h100:1x4."""
     out: pathlib.Path | None = None
     """Folder for result.json and the pictures."""
     overwrite: bool = False
@@ -59,7 +59,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         "shares": shares,
         "walks": walks,
         "machine": describe_machine(),
-        "versions": versions("libtpu"),
+        "versions": versions(*COMPILERS),
     }
     console.print(table(config, result))
     draw_shares(config, result, console)
@@ -123,7 +123,7 @@ def walk(config: Config, stage: int) -> dict[str, Any]:
     import optax
 
     from sharding import Zero, make_mesh, make_step
-    from sharding.aot import PLAIN, argument_bytes, placed, topology
+    from sharding.aot import argument_bytes, not_cached, options_for, placed, topology
     from sharding.timeline import Instruction, source_of, timeline
 
     def loss(params: Any, frozen: Any, batch: Any, key: Any) -> Any:
@@ -139,7 +139,9 @@ def walk(config: Config, stage: int) -> dict[str, Any]:
     params = shapes(config)
     batch = {"x": jax.ShapeDtypeStruct((config.rows, config.width), jnp.bfloat16)}
     state, batch = step.abstract(params), placed(batch, zero.batch(batch))
-    compiled = step.lower(state, None, batch).compile(compiler_options=dict(PLAIN))
+    lowered = step.lower(state, None, batch)
+    with not_cached():
+        compiled = lowered.compile(compiler_options=options_for(zero.mesh, plain=True))
     layer = {x.shape[1:] for x in jax.tree.leaves(params)}
     stacked = {
         s.shard_shape(x.shape)

@@ -1,4 +1,4 @@
-"""A training step compiled for machines that are not there, and what its program says.
+"""A training step compiled for TPUs and GPUs that are not there, and what its program says.
 
 Only shapes are needed, with the shardings of `Step.abstract` and `Zero`: no weights are allocated.
 """
@@ -20,10 +20,11 @@ from sharding._hlo import parse
 from sharding.chips import Chip, chip_of
 from sharding.costs import program_flops, traced_flops, traffic
 from sharding.hlo import Collective, Total, by_kind, collectives
-from sharding.offload import HOST
+from sharding.offload import HOST, Offloaded
 from sharding.roofline import Roofline, roofline
 from sharding.step import State, Step
-from sharding.tpus import TopologyError, mismatch, topology
+from sharding.topologies import TopologyError, topology
+from sharding.tpus import mismatch
 
 __all__ = [
     "GATHERS",
@@ -32,6 +33,7 @@ __all__ = [
     "Report",
     "TopologyError",
     "compile_for",
+    "options_for",
     "placed",
     "topology",
 ]
@@ -82,14 +84,14 @@ class Report:
 
     **Attributes:**
 
-    - `fits`, whether the compiler found room for the program: it makes none where there is not.
+    - `fits`, whether there is room for the program. Where there is not the compiler for TPUs makes
+      none; that for GPUs makes one all the same.
     - `flops`, of the step's products over all devices, as it is written, with what is computed
       again; `flops_per_device`, of the compiled program's, so that what several devices compute
       alike shows.
     - `traffic`, bytes that a device reads from and writes to its memory.
     - `collectives`, each; `roofline`, an estimate of the step's time.
-    - `text`, the compiled program; empty where it does not fit, and then so is what is read from
-      it.
+    - `text`, the compiled program; empty where there is none, and then so is what is read from it.
     - `seconds`, that tracing, lowering and compiling took.
     """
 
@@ -141,21 +143,29 @@ def compile_for(
 
     **Arguments:** `step`, with a `zero` whose mesh is of `topology`'s devices, or of others;
     `state`, `frozen`, `batch`, `key`, as the step's, of `jax.ShapeDtypeStruct`s with shardings
-    (`Step.abstract`, `placed`); `options`, of the compiler, such as `PLAIN`.
+    (`Step.abstract`, `placed`); `options`, of the compiler, such as `options_for` gives.
 
-    **Raises:** `TopologyError` where the compiler does not match JAX; `ValueError` for a step
-    without a mesh, or devices whose figures are not known.
+    **Raises:** `TopologyError` where the compiler does not match JAX, or for an optimiser that is
+    offloaded from GPUs that are not here; `ValueError` for a step without a mesh, or devices whose
+    figures are not known.
     """
     if step.zero is None:
         raise ValueError("the step has no mesh to be compiled for: make_step(..., zero=Zero(mesh))")
     mesh = step.zero.mesh
-    chip = chip_of(mesh.devices.flat[0].device_kind)
+    device = mesh.devices.flat[0]
+    chip, gpu = chip_of(device.device_kind), device.platform == "gpu"
+    if gpu and isinstance(step.optimiser, Offloaded) and not device.addressable_memories():
+        raise TopologyError(
+            "GPUs that are not here come without their host's memory, in which an offloaded "
+            "optimiser keeps its state: compile the step for a TPU, or where the GPUs are"
+        )
     start = time.perf_counter()
     traced = step.trace(state, frozen, batch, key)
     seconds = {"trace": time.perf_counter() - start}
     flops = traced_flops(traced.jaxpr)
     start = time.perf_counter()
-    lowered = traced.lower()
+    # By itself it is lowered for the machine's own platform where a rule depends on that.
+    lowered = traced.lower(lowering_platforms=("cuda",)) if gpu else traced.lower()
     seconds["lower"] = time.perf_counter() - start
     parts = argument_bytes(state, frozen, batch, key)
     start = time.perf_counter()
@@ -173,11 +183,22 @@ def compile_for(
         raise TopologyError(mismatch()) from e
     assert text is not None
     program = parse(text)
-    memory = _memory(compiled.memory_analysis(), parts, chip)
+    memory = _memory(compiled.memory_analysis(), parts, chip, gpu)
+    fits = not gpu or memory.total <= memory.limit
     found = collectives(program, mesh.size)
     own, moved = program_flops(program), traffic(program)
     estimate = roofline(chip, mesh, own, moved, found)
-    return Report(chip, mesh, memory, True, flops, own, moved, found, estimate, seconds, text)
+    return Report(chip, mesh, memory, fits, flops, own, moved, found, estimate, seconds, text)
+
+
+def options_for(mesh: Mesh, plain: bool = False) -> dict[str, Any]:
+    """Options of the compiler for a mesh's devices: `GATHERS`, and `PLAIN` if that is asked for.
+
+    The compiler for GPUs does by itself what they ask that for TPUs to do.
+    """
+    if mesh.devices.flat[0].platform != "tpu":
+        return {}
+    return {**GATHERS, **(PLAIN if plain else {})}
 
 
 @contextmanager
@@ -220,7 +241,7 @@ def _shard_bytes(x: Any) -> int:
     return math.prod(shape) * x.dtype.itemsize
 
 
-def _memory(analysis: Any, parts: dict[str, int], chip: Chip) -> Memory:
+def _memory(analysis: Any, parts: dict[str, int], chip: Chip, gpu: bool) -> Memory:
     inputs = analysis.argument_size_in_bytes
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     # The peak is what the TPU compiler holds against the limit. temp_size_in_bytes is more there:
@@ -228,8 +249,11 @@ def _memory(analysis: Any, parts: dict[str, int], chip: Chip) -> Memory:
     host = analysis.host_argument_size_in_bytes + analysis.host_output_size_in_bytes
     host += analysis.host_temp_size_in_bytes - analysis.host_alias_size_in_bytes
     temporaries = analysis.peak_memory_in_bytes - host - inputs - outputs
+    if gpu:  # one buffer for them all, taken as a whole
+        temporaries = analysis.temp_size_in_bytes
     return Memory(
-        {**parts, "padding": inputs - sum(parts.values())},
+        # Below zero without the arguments that nothing reads, which are not passed.
+        {**parts, "padding": max(inputs - sum(parts.values()), 0)},
         outputs,
         max(temporaries, 0),
         analysis.generated_code_size_in_bytes,

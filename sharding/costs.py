@@ -70,7 +70,7 @@ def program_flops(text: str | Program) -> float:
     """The flops of the products in a compiled program, one device's; loops are multiplied.
 
     What it finds beside `traced_flops` over the number of devices is computed on several of them.
-    Products that a backend leaves to a library (`custom-call`, as on GPUs) are not seen.
+    Of products that a backend leaves to a library (`custom-call`) those of cuBLAS are seen.
 
     **Raises:** `ValueError` for text that is no program.
     """
@@ -83,19 +83,23 @@ def program_flops(text: str | Program) -> float:
 
 
 def _product(i: Instruction, program: Program) -> float:
-    if i.op == "dot":
+    cublas = i.op == "custom-call" and 'custom_call_target="__cublas$' in i.attributes
+    if i.op == "dot" or cublas:
         lhs = program.operand_types(i)[0].shape
-        return (
-            2.0
-            * i.results[0].elements
-            * math.prod(lhs[d] for d in _dims("lhs_contracting_dims", i))
-        )
+        summed = _contracted(i) if cublas else _dims("lhs_contracting_dims", i)
+        return 2.0 * i.results[0].elements * math.prod(lhs[d] for d in summed)
     return _convolution(i, program) if i.op == "convolution" else 0.0
 
 
 def _dims(name: str, i: Instruction) -> list[int]:
     found = re.search(name + r"=\{([\d,]*)\}", i.attributes)
     return [int(d) for d in found[1].split(",") if d] if found else []
+
+
+def _contracted(i: Instruction) -> list[int]:
+    """The axes of its first operand that a product of cuBLAS sums over."""
+    found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.attributes)
+    return [int(d) for d in re.findall(r"\d+", found[1])] if found else []
 
 
 def _convolution(i: Instruction, program: Program) -> float:

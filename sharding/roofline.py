@@ -83,9 +83,10 @@ def _along(chip: Chip, mesh: Mesh, axes: tuple[Any, ...]) -> float:
     everyone = list(mesh.devices.reshape(-1))
     if len({getattr(d, "slice_index", 0) for d in group}) > 1:
         return chip.network / chip.devices
-    if not hasattr(group[0], "coords"):
+    if getattr(group[0], "platform", "") == "gpu" or not hasattr(group[0], "coords"):
         hosts = len({d.process_index for d in group})
-        return chip.network if hosts > 1 else chip.link
+        # Rings go through every card's own network port, as NCCL lays them.
+        return min(chip.link, chip.network * len(group) / hosts) if hosts > 1 else chip.link
     extents = _extents(group)
     whole = _extents([d for d in everyone if _slice(d) == _slice(group[0])])
     total = 0.0

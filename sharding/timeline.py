@@ -113,7 +113,7 @@ def _run(
         size = 0 if _in_place(i) or i.name in returned else _bytes(i)
         if size:
             held[i.name] = (log.kind_of(i), size)
-        if size >= log.smallest or _op(i) in COLLECTIVES:
+        if size >= log.smallest or _op(i).removesuffix("-start") in COLLECTIVES:
             log.write(i, loops, (*around.values(), *held.values()))
         if i.op == "while":
             passes = trip_count(program, i)
@@ -170,5 +170,6 @@ def _in_place(i: Instruction) -> bool:
 
 def _bytes(i: Instruction) -> int:
     """What an instruction's result takes in main memory; of a start, what its done will be."""
-    results = i.results[1:2] if i.op.endswith("-start") else i.results
+    # A start's results are its operands too, but where it is an all-reduce on a GPU.
+    results = i.results[1:2] if i.op.endswith("-start") and len(i.results) > 1 else i.results
     return sum(t.bytes for t in results if t.space == 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import importlib.util
 import os
@@ -12,9 +11,9 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from sharding.chips import CHIPS
+from sharding._topology_error import TopologyError, first_line
 
-EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4"
+TPU_EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4"
 # libtpu asks the cloud for the machine that it is on, and tells its standard error what it did not
 # find. These are its answers where there is no TPU.
 _ALONE = {
@@ -29,44 +28,26 @@ _ALONE = {
 }
 
 
-class TopologyError(ValueError):
-    """A topology that is none, or a compiler that is not there or does not match."""
+def tpus(kind: str, shape: str, slices: int) -> list[Any]:
+    """The chips of `slices` slices of a shape such as `16x16`, see `sharding.topology`.
 
-
-def topology(name: str, slices: int = 1) -> list[Any]:
-    """The devices of a TPU topology, for `sharding.make_mesh` and for compiling. They run nothing.
-
-    **Arguments:** `name`, a kind of TPU and the shape of its slice, such as `v5e:16x16` or
-    `v5p:4x4x4`; `slices`, how many of them, joined by the data-centre network.
-
-    **Raises:** `TopologyError` where there is no such topology, or no libtpu.
+    **Raises:** `TopologyError` where there is no such slice, or no libtpu.
     """
-    kind, _, shape = name.partition(":")
-    tpus = [k for k, chip in CHIPS.items() if chip.name == k]
-    if kind not in tpus:
-        near = difflib.get_close_matches(kind, tpus, 1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise TopologyError(
-            f"'{name}' is no topology: {hint}The kinds of TPU are {', '.join(tpus)}; examples: "
-            f"{EXAMPLES}"
-        )
     if not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise TopologyError(
-            f"'{name}' is no topology: after {kind} and a colon stands the slice's shape; "
-            f"examples: {EXAMPLES}"
+            f"'{kind}:{shape}' is no topology: after {kind} and a colon stands the slice's shape; "
+            f"examples: {TPU_EXAMPLES}"
         )
-    if slices < 1:
-        raise TopologyError(f"slices counts slices, at least 1: {slices}")
     needs_libtpu()
     from jax.experimental import topologies
 
     more: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     try:
         with alone():
-            return list(topologies.get_topology_desc(name, "tpu", **more).devices)
+            return list(topologies.get_topology_desc(f"{kind}:{shape}", "tpu", **more).devices)
     except Exception as e:  # libtpu's errors are JAX's runtime errors, of many kinds
         raise TopologyError(
-            f"libtpu makes no topology '{name}': {_first_line(e)}; examples: {EXAMPLES}"
+            f"libtpu makes no topology '{kind}:{shape}': {first_line(e)}; examples: {TPU_EXAMPLES}"
         ) from e
 
 
@@ -106,7 +87,3 @@ def alone() -> Generator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def _first_line(e: Exception) -> str:
-    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__

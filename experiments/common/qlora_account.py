@@ -1,4 +1,4 @@
-"""What one device holds of a large model's QLoRA step, from the step compiled for one TPU chip."""
+"""What one device holds of a large model's QLoRA step, from the step compiled for that device."""
 
 from __future__ import annotations
 
@@ -56,18 +56,20 @@ def cases() -> list[Case]:
     ]
 
 
-def account(case: Case) -> dict[str, Any]:
+def account(case: Case, name: str = TOPOLOGY) -> dict[str, Any]:
     """Bytes of the device by kind, and what of the optimiser's state is on the host.
 
-    **Raises:** `TopologyError` where the TPU compiler is not installed.
+    **Arguments:** `name`, a topology, of which one device is used.
+
+    **Raises:** `TopologyError` where its compiler is not installed.
     """
     from experiments.common.plan import plan
     from sharding import make_mesh
-    from sharding.aot import GATHERS, compile_for, topology
+    from sharding.aot import compile_for, options_for, topology
 
-    mesh = make_mesh({"fsdp": 1}, topology(TOPOLOGY)[:1])
+    mesh = make_mesh({"fsdp": 1}, topology(name)[:1])
     planned = plan(case, mesh)
-    report = compile_for(*planned.arguments(1), options=GATHERS)
+    report = compile_for(*planned.arguments(1), options=options_for(mesh))
     m = report.memory
     kinds = {**m.arguments, "outputs": m.outputs, "temporaries": m.temporaries, "code": m.code}
     return {
@@ -83,12 +85,20 @@ def account(case: Case) -> dict[str, Any]:
     }
 
 
-def accounts(console: Console) -> list[dict[str, Any]]:
-    """Every case's."""
+def accounts(console: Console, name: str = TOPOLOGY) -> list[dict[str, Any]]:
+    """Every case's; on GPUs those alone whose optimiser is on the device."""
+    from sharding.aot import topology
+
+    # GPUs that are not here come without their host's memory.
+    gpu = topology(name)[0].platform == "gpu"
+    if gpu:
+        console.print(f"for {name} what is kept on the host cannot be compiled, and is left out")
     rows: list[dict[str, Any]] = []
     for case in cases():
+        if gpu and case.offload:
+            continue
         with console.status(f"compiling {case.model}: {case.title}"):
-            rows.append(account(case))
+            rows.append(account(case, name))
     return rows
 
 
@@ -109,5 +119,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
     out.add_row("total", *(f"{r['total'] / 1e9:,.2f}" for r in rows))
     fits = ("yes" if r["total"] <= GPU else "no" for r in rows)
     out.add_row(f"under {GPU / 1e9:.0f} GB", *fits)
-    out.add_row("on the host", *(f"{r['host'] / 1e9:,.2f}" for r in rows))
+    if any(r["host"] for r in rows):
+        out.add_row("on the host", *(f"{r['host'] / 1e9:,.2f}" for r in rows))
     return out

@@ -19,6 +19,10 @@ from jpeft._disk import atomically
 PACKAGES = ("jpeft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
+# The compilers of `sharding.aot`: what is compiled for machines that are not there depends on them.
+COMPILERS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+
+
 def versions(*more: str) -> dict[str, str]:
     """The versions of Python, of this project's packages and of `more`, where installed."""
     found = {"python": platform.python_version()}

@@ -19,7 +19,7 @@ from experiments.common.largest import Tried, apart, largest
 from experiments.common.models import ModelError
 from experiments.common.named import NAMED, config_of, named_config
 from jpeft.models.llama import Llama, LlamaConfig
-from sharding.tpus import TopologyError
+from sharding.topologies import TopologyError
 
 needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"

@@ -20,7 +20,8 @@ from sharding.aot import PLAIN, argument_bytes, compile_for, placed, topology
 from sharding.chips import CHIPS, chip_of
 from sharding.hlo import Collective
 from sharding.roofline import group_bandwidth, roofline
-from sharding.tpus import TopologyError, mismatch
+from sharding.topologies import TopologyError
+from sharding.tpus import mismatch
 
 needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
@@ -161,7 +162,7 @@ def test_the_terminal_is_left_alone_and_so_is_the_environment():
         ("v5:2x2", "did you mean 'v5[ep]'.*examples: v5e:16x16"),
         ("v5e", "the slice's shape"),
         ("v5e:four", "the slice's shape"),
-        ("h100:8", "The kinds of TPU are v5e, v5p, v6e, tpu7x"),
+        ("v9:8x8", "The kinds of TPU are v5e, v5p, v6e, tpu7x.*Those of GPU are a100"),
     ],
 )
 def test_topologies_that_are_none(name, told):

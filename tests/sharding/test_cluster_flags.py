@@ -30,7 +30,7 @@ def test_the_compiler_knows_the_flags_of_cpus_and_gpus():
 def test_the_tpu_compiler_knows_the_flags_of_tpus():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("no libtpu, which knows the flags of TPUs")
-    code = "from sharding.tpus import topology; print(len(topology('v5e:2x2')))"
+    code = "from sharding.topologies import topology; print(len(topology('v5e:2x2')))"
     every = {str(f): f for kind in ("v5e", "v5p", "v6e") for f in recommended_flags(kind, 2)}
     flags = as_environment(every.values())
     done = run(code, **flags)

@@ -8,7 +8,7 @@ import pytest
 
 from sharding import batch_shards, make_mesh
 from sharding.mesh import _granules, _outer, mesh_sizes
-from sharding.tpus import topology
+from sharding.topologies import topology
 
 
 @dataclasses.dataclass(frozen=True)
