@@ -29,8 +29,8 @@ class Factors:
     """What LoRA trains for one parameter.
 
     **Attributes:** `a`, fp32 `(*batch, *inputs, rank)`; `b`, fp32 `(*batch, rank, *outputs)`;
-    `magnitude`, None, or for DoRA fp32 `(*batch, *outputs)`; `axes`, one letter for each axis of
-    the parameter, `b` batch, `i` input, `o` output.
+    `magnitude`, None, or for DoRA fp32, the parameter's axes without its inputs, in its order;
+    `axes`, one letter for each axis of the parameter, `b` batch, `i` input, `o` output.
 
     For a fused kernel with `n` trained parts, `a` has `n * rank` columns, and `b` as many rows,
     over the width of one part: rows `k * rank` to `(k + 1) * rank` belong to the k-th trained one.
@@ -190,14 +190,17 @@ class LoRA(Transform):
         if f.magnitude is None:
             return leaf
         norm = jax.lax.stop_gradient(_updated_norm(leaf))
-        gain = jnp.expand_dims(f.magnitude, at(f.axes, "i")) / norm
+        magnitude = jnp.expand_dims(f.magnitude, at(f.axes, "i"))
+        # A column of zeros has no direction: a gain of one lets B give it one.
+        gain = jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), 1)
         return Scaled(leaf, gain, path, leading(f.axes))
 
 
 def column_norm(weight: Array, axes: str, extra: Array | float = 0.0) -> Array:
     """The fp32 norm over a weight's inputs, of size 1 there; `extra` is added to its square."""
     square = jnp.sum(weight.astype(jnp.float32) ** 2, axis=at(axes, "i"), keepdims=True)
-    return jnp.sqrt(square + extra)
+    # Where both cancel, rounding may leave less than nothing.
+    return jnp.sqrt(jnp.maximum(square + extra, 0))
 
 
 def block_rows(b: Array, parts: int, trained: Sequence[int], n_batch: int) -> Array:
@@ -228,4 +231,6 @@ def _updated_norm(leaf: LowRank) -> Array:
     gram = jnp.einsum(f"{a_is.replace('z', 'y')},{a_is}->{of['b']}yz", a, a)
     through = jnp.einsum(f"{of['b']}yz,{b_is}->{b_is.replace('z', 'y')}", gram, b)
     extra = jnp.sum((2 * cross + through) * b, axis=len(of["b"]))
+    stored = "".join(x for x in letters if x not in of["i"])
+    extra = jnp.einsum(f"{of['b']}{of['o']}->{stored}", extra)
     return column_norm(w, leaf.axes, jnp.expand_dims(extra, at(leaf.axes, "i")))

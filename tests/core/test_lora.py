@@ -1,5 +1,7 @@
 """LoRA's own options, its counts and errors, and parity with HF PEFT."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +87,60 @@ def test_dora_is_the_paper_formula_with_a_detached_norm():
     got, want = (jax.grad(f)(state["w"], X) for f in (ours, formula))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("weight", ["ioe", "ieo", "oie", "eio"])
+@pytest.mark.parametrize("shape", [(3, 3, 3), (2, 3, 4)])
+def test_dora_of_experts_stored_along_any_axis(weight, shape):
+    sizes = dict(zip("eio", shape, strict=True))
+    params = {"w": jax.random.normal(jax.random.key(1), [sizes[c] for c in weight])}
+    x = jax.random.normal(jax.random.key(2), (5, sizes["e"], sizes["i"]))
+
+    def apply(params, x):
+        return jnp.einsum(f"bei,{weight}->boe", x, params["w"])
+
+    method = jpeft.LoRA(2, 4.0, "w$", dora=True)
+    state = method.init(jax.random.key(0), params, uses=jpeft.uses(apply, params, x))
+    forward = jpeft.lift(apply)
+    start = forward(method.rewrite(params, state), x)
+    np.testing.assert_allclose(start, apply(params, x), rtol=1e-5, atol=1e-5)
+    f = filled(state)["w"]
+    v = params["w"] + 2 * jnp.einsum(f"eir,ero->{weight}", f.a, f.b)
+    inputs = weight.index("i")
+    norm = jnp.linalg.norm(v, axis=inputs, keepdims=True)
+    want = jnp.expand_dims(f.magnitude, inputs) * v / norm
+    rewritten = method.rewrite(params, {"w": f})
+    np.testing.assert_allclose(jpeft.merge(rewritten)["w"], want, rtol=1e-4, atol=1e-4)
+    got = forward(rewritten, x)
+    np.testing.assert_allclose(got, apply({"w": want}, x), rtol=1e-4, atol=1e-4)
+
+
+def test_dora_of_a_column_of_zeros_starts_at_the_model_and_trains():
+    params = {"w": W.at[:, 2].set(0)}
+    method = jpeft.LoRA(2, 4.0, "w$", dora=True)
+    state = method.init(jax.random.key(0), params)
+    forward = jpeft.lift(matmul)
+    np.testing.assert_allclose(forward(method.rewrite(params, state), X), X @ params["w"])
+
+    @jax.jit
+    @jax.grad
+    def slope(state):
+        return jnp.mean((forward(method.rewrite(params, state), X) - 1) ** 2)
+
+    for _ in range(3):
+        state = jax.tree.map(lambda x, g: x - 0.05 * g, state, slope(state))
+    column = jpeft.merge(method.rewrite(params, state))["w"][:, 2]
+    assert np.isfinite(column).all()
+    assert np.any(column)
+
+
+def test_dora_of_a_weight_that_its_update_takes_away_is_finite():
+    direction = jnp.linalg.qr(W)[0][:, :1]
+    params = {"w": direction * jnp.arange(1.0, 9.0)}
+    method = jpeft.LoRA(1, 1.0, "w$", dora=True)
+    f = method.init(jax.random.key(0), params)["w"]
+    f = dataclasses.replace(f, a=-direction, b=jnp.arange(1.0, 9.0)[None])
+    assert np.isfinite(jpeft.merge(method.rewrite(params, {"w": f}))["w"]).all()
 
 
 def test_dropout_is_on_the_low_rank_branch_alone():
