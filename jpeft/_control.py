@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -223,9 +224,13 @@ def _shard_map(call: Call, interpret: Interpret) -> list[Any]:
     def body(*operands: Any) -> tuple[Any, ...]:
         return tuple(dense(y) for y in interpret(p["jaxpr"], operands))
 
+    operands = [
+        x.divided(_parts(spec, x.ndim, p["mesh"])) if isinstance(x, Leaf) else x
+        for x, spec in zip(call.operands, p["in_specs"], strict=True)
+    ]
     specs = tuple(
         x.specs(spec) if isinstance(x, Leaf) else spec
-        for x, spec in zip(call.operands, p["in_specs"], strict=True)
+        for x, spec in zip(operands, p["in_specs"], strict=True)
     )
     return list(
         jax.shard_map(
@@ -235,8 +240,15 @@ def _shard_map(call: Call, interpret: Interpret) -> list[Any]:
             out_specs=tuple(p["out_specs"]),
             check_vma=p["check_vma"],
             axis_names=set(p["newly_manual_axes"]),
-        )(*call.operands)
+        )(*operands)
     )
+
+
+def _parts(spec: Any, ndim: int, mesh: Any) -> list[int]:
+    """Into how many parts a `PartitionSpec` divides each axis."""
+    names = [() if s is None else (s,) if isinstance(s, str) else s for s in spec]
+    parts = [math.prod(mesh.shape[name] for name in on) for on in names]
+    return [*parts, *[1] * (ndim - len(parts))]
 
 
 def _barrier(call: Call, interpret: Interpret) -> list[Any]:

@@ -134,6 +134,17 @@ class Leaf(abc.ABC):
             lambda x: layer_of(x, i), self, is_leaf=lambda x: isinstance(x, Leaf) and x is not self
         )
 
+    def divided(self, parts: Sequence[int]) -> Leaf:
+        """This leaf as a `shard_map` is to divide it among devices.
+
+        **Arguments:** `parts`, how many there are along each axis that the model sees.
+
+        **Raises:** `LeafError` where a part cannot stand by itself.
+        """
+        if not isinstance(self.base, Leaf):
+            return self
+        return dataclasses.replace(self, base=self.base.divided(parts))  # type: ignore[type-var]
+
     def switched(self, on: jax.Array) -> Leaf:
         """This leaf, having no effect where the boolean `on` is false; `base` is not touched.
 

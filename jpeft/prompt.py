@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jpeft._lookup import lookup
 from jpeft.kernels import fold
-from jpeft.leaf import Call, Leaf, Site, dense, register, static
+from jpeft.leaf import Call, Leaf, LeafError, Site, dense, register, static
 from jpeft.paths import TargetError, flatten, match, replace
 from jpeft.prefix import PrefixTuning
 from jpeft.transform import Nothing, Params, Trainable, Transform, chained
@@ -43,6 +43,16 @@ class PromptTable(Site):
         """This leaf with a `PartitionSpec` for each array, when the base has `spec`."""
         inner = self.base.specs(spec) if isinstance(self.base, Leaf) else spec
         return dataclasses.replace(self, base=inner, prompt=PartitionSpec())
+
+    def divided(self, parts: Sequence[int]) -> Leaf:
+        """This leaf, whole: virtual ids follow the last row of the whole table."""
+        if any(n > 1 for n in parts):
+            raise LeafError(
+                f"the prompt at '{self.path}' stands beside the whole table, but a shard_map "
+                f"splits its shape {self.shape} into {tuple(parts)} parts: give every device the "
+                "whole table"
+            )
+        return super().divided(parts)
 
     def switched(self, on: Array) -> PromptTable:
         """This leaf, with zeros for a prompt where `on` is false: such an example has no virtual

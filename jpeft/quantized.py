@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from jpeft import nibbles
 from jpeft._axes import regroup
-from jpeft.leaf import Call, Leaf, Weight, register, static
+from jpeft.leaf import Call, Leaf, LeafError, Weight, register, static
 from jpeft.llm_int8 import mixed_product
 from jpeft.rescale import Scaled
 from jpeft.scales import Scales, specs_of
@@ -88,6 +88,20 @@ class Quantized(Weight):
             narrow[self.blocked] = None
         scales = None if self.scales is None else specs_of(self.scales, narrow, self.leading)
         return dataclasses.replace(self, codes=PartitionSpec(*parts), scales=scales)
+
+    def divided(self, parts: Sequence[int]) -> Quantized:
+        """This leaf, for devices that each have whole blocks."""
+        split = parts[self.blocked]
+        if split > 1 and self.format != "int8" and self.length % (split * self.block):
+            raise LeafError(
+                f"'{self.path}' is quantised in blocks of {self.block}, and a shard_map splits "
+                f"its axis of {self.length} into {split} parts, which are no whole blocks: choose "
+                "another block= in Quantize, or split another axis"
+            )
+        # Scales in 8 bits have groups across the whole weight, which has to be on one device.
+        whole = all(n == 1 for n in parts[self.leading :])
+        leaf = self if whole else self._plain()
+        return dataclasses.replace(leaf, length=self.length // split)
 
     def rule(self, call: Call, index: int) -> list[Any] | None:
         """As any weight's; what keeps every element in its place changes the type alone."""

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jpeft._axes import regroup
-from jpeft.leaf import Call, Leaf, Site
+from jpeft.leaf import Call, Leaf, LeafError, Site
 
 
 class Placed(Site):
@@ -63,6 +63,18 @@ class Placed(Site):
         of = dict(enumerate(spec))
         on = PartitionSpec(*[of.get(a + self.ndim) for a in self.stacked])
         return self._with(inner, lambda _: on)
+
+    def divided(self, parts: Sequence[int]) -> Leaf:
+        """This leaf, of which stacked axes alone are divided: it acts on a whole result."""
+        stacked = [a + self.ndim for a in self.stacked]
+        if any(n > 1 for i, n in enumerate(parts) if i not in stacked):
+            raise LeafError(
+                f"{type(self).__name__} at '{self.path}' acts on all that the parameter produces, "
+                f"but a shard_map splits its shape {self.shape} into {tuple(parts)} parts: target "
+                "a parameter that every device has whole, such as the bias added to the sum, or "
+                "use LoRA here"
+            )
+        return super().divided(parts)
 
     def _with(self, base: Any, change: Callable[[Any], Any], **fields: Any) -> Any:
         """A copy with another base, and `change` done to every trained array."""

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 import jpeft
 
@@ -309,26 +308,3 @@ def test_jit_scan_grad_and_remat_outside():
 
     _, losses = steps(trained())
     assert losses[-1] < 0.8 * losses[0]
-
-
-@pytest.mark.parametrize("sharded", ["in", "out", "batch"])
-def test_shard_map(sharded):
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    p = PartitionSpec
-
-    def model(params, x):
-        if sharded == "in":
-            specs, out = (p("d", None), p(None, "d")), p()
-        elif sharded == "out":
-            specs, out = (p(None, "d"), p()), p(None, "d")
-        else:
-            specs, out = (p(), p("d")), p("d")
-
-        def body(w, x):
-            y = x @ w
-            return jax.lax.psum(y, "d") if sharded == "in" else y
-
-        return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=out)(params["w"], x)
-
-    rewritten = LORA.rewrite(PARAMS, trained())
-    check_close(jax.jit(jpeft.lift(model))(rewritten, X), X @ jpeft.merge(rewritten)["w"])
