@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jpeft._compat import evaluate, function_name, open_jaxpr, scan_counts
 from jpeft.by_layer import Layers
-from jpeft.leaf import Call, Leaf, LeafError, Site, dense, layer_of
+from jpeft.leaf import Call, Leaf, LeafError, Site, dense, layer_of, tell_once
 
 # Functions of this package whose own derivative rule saves work, and changes nothing.
 SAVES_WORK = frozenset({"jpeft_next_token_loss", "jpeft_wide_dot_general"})
@@ -176,12 +176,12 @@ def _interpreted(call: Call) -> Callable[..., list[Any]]:
 
 
 def _custom_jvp(call: Call, interpret: Interpret) -> list[Any]:
+    done = _without_own_rule(call, interpret)
+    if done is not None:
+        return done
+
     def primal(*operands: Any) -> list[Any]:
         return [dense(y) for y in interpret(call.params["call_jaxpr"], operands)]
-
-    body = call.params["call_jaxpr"]
-    if function_name(body) in SAVES_WORK or any(isinstance(x, Site) for x in call.operands):
-        return interpret(body, call.operands)
 
     def jvp(primals: Any, tangents: Any) -> Any:
         # The function's own rule, on what the leaves stand for.
@@ -194,13 +194,12 @@ def _custom_jvp(call: Call, interpret: Interpret) -> list[Any]:
 
 
 def _custom_vjp(call: Call, interpret: Interpret) -> list[Any]:
-    body = call.params["call_jaxpr"]
-    if function_name(body) in SAVES_WORK or any(isinstance(x, Site) for x in call.operands):
-        # Or no dense array to give the custom rule: the body is differentiated as it stands.
-        return interpret(body, call.operands)
+    done = _without_own_rule(call, interpret)
+    if done is not None:
+        return done
 
     def primal(*operands: Any) -> list[Any]:
-        return [dense(y) for y in interpret(body, operands)]
+        return [dense(y) for y in interpret(call.params["call_jaxpr"], operands)]
 
     def forward(*operands: Any) -> tuple[list[Any], Any]:
         return primal(*operands), operands
@@ -216,6 +215,24 @@ def _custom_vjp(call: Call, interpret: Interpret) -> list[Any]:
     rebuilt = jax.custom_vjp(primal)
     rebuilt.defvjp(forward, backward)
     return rebuilt(*call.operands)
+
+
+def _without_own_rule(call: Call, interpret: Interpret) -> list[Any] | None:
+    """The results where a function's own derivative rule does not fit its rewritten body."""
+    body = call.params["call_jaxpr"]
+    name = function_name(body)
+    if name in SAVES_WORK:
+        return interpret(body, call.operands)
+    leaves = [x for x in call.operands if isinstance(x, Leaf)]
+    for x in leaves:
+        if isinstance(x, Site):
+            tell_once(x, name, "which then has its body's derivative in place of its own rule")
+            return interpret(body, call.operands)
+    for x in leaves:
+        if any(jnp.issubdtype(y.dtype, jax.dtypes.prng_key) for y in jax.tree.leaves(x)):
+            tell_once(x, name, "whose own derivative rule has the dense weight: without dropout")
+            return _interpreted(call)(*map(dense, call.operands))
+    return None
 
 
 def _shard_map(call: Call, interpret: Interpret) -> list[Any]:

@@ -229,15 +229,16 @@ def without_rule(call: Call) -> Sequence[Any]:
                 f"'{call.name}': target another parameter, or use another method there"
             )
         if isinstance(leaf, Leaf):
-            _tell_once(type(leaf).__name__, leaf.path, call.name)
+            told = "which has no rule for it: the dense weight is computed there"
+            tell_once(leaf, call.name, told)
     return [dense(x) for x in call.operands]
 
 
+def tell_once(leaf: Leaf, reader: str, what: str) -> None:
+    """Log that a leaf is read by an operation or a function, and what follows; each one once."""
+    _warn(type(leaf).__name__, leaf.path, reader, what)
+
+
 @functools.lru_cache(maxsize=4096)
-def _tell_once(kind: str, path: str, primitive: str) -> None:
-    logger.warning(
-        "%s at '%s' is read by '%s', which has no rule for it: the dense weight is computed there",
-        kind,
-        path,
-        primitive,
-    )
+def _warn(kind: str, path: str, reader: str, what: str) -> None:
+    logger.warning("%s at '%s' is read by '%s', %s", kind, path, reader, what)

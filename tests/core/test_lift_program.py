@@ -169,6 +169,51 @@ def test_a_primitive_without_a_rule_tells_once(caplog):
     assert "sort" in told[0]
 
 
+@jax.custom_vjp
+def reversing(x, w, b):
+    """A layer whose gradient is turned round on its way to `x`."""
+    return x @ w + b
+
+
+reversing.defvjp(
+    lambda x, w, b: (reversing(x, w, b), (x, w)),
+    lambda kept, g: (-(g @ kept[1].T), kept[0].T @ g, g.sum(0)),
+)
+
+
+def layer(params, x):
+    return reversing(x, params["turned/w"], params["turned/b"])
+
+
+TURNED = {"turned/w": jnp.ones((6, 8)), "turned/b": jnp.zeros(8)}
+
+
+def test_an_adapter_in_a_function_with_a_derivative_of_its_own_is_told_of_once(caplog):
+    adapter = jpeft.Adapter(2, "turned/b$", zero_up=True)
+    rewritten = adapter.rewrite(TURNED, adapter.init(jax.random.key(0), TURNED))
+    with caplog.at_level(logging.WARNING, "jpeft"):
+        for _ in range(2):
+            check_close(jpeft.lift(layer)(rewritten, X), layer(TURNED, X))
+    told = [r.message for r in caplog.records if "'turned/b'" in r.message]
+    assert len(told) == 1
+    assert "read by 'reversing', which then has its body's derivative" in told[0]
+
+
+def test_dropout_in_a_function_with_a_derivative_of_its_own_is_off_in_value_and_gradient(caplog):
+    lora = jpeft.LoRA(2, 4.0, "turned/w$", dropout=0.5)
+    state = trained(lora, TURNED)
+
+    def loss(state, x, key):
+        return jnp.sum(jpeft.lift(layer)(lora.rewrite(TURNED, state, key=key), x) ** 2)
+
+    with caplog.at_level(logging.WARNING, "jpeft"):
+        got = jax.value_and_grad(loss, (0, 1))(state, X, jax.random.key(1))
+    want = jax.value_and_grad(loss, (0, 1))(state, X, None)
+    jax.tree.map(check_close, got, want)
+    told = [r.message for r in caplog.records if "'turned/w'" in r.message]
+    assert "whose own derivative rule has the dense weight: without dropout" in told[0]
+
+
 def test_a_site_without_a_rule_names_the_leaf_and_the_primitive():
     from jpeft.leaf import Site, register, static
 
