@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from jpeft.kernels import at, fold, placed_axes
-from jpeft.leaf import register, static
+from jpeft.leaf import LeafError, register, static
 from jpeft.paths import TargetError, by_pattern, flatten, match, replace
 from jpeft.site import Placed
 from jpeft.transform import Chain, Params, Train, Trainable, Transform
@@ -74,8 +74,14 @@ class Adapted(Placed):
         return ("down", "down_bias", "up", "up_bias")
 
     def act(self, y: Array, x: Array | None, free: int) -> Array:
-        """The bottleneck's output added to `y`."""
-        into = x if self.parallel and x is not None else y
+        """The bottleneck's output added to `y`. **Raises:** `LeafError`."""
+        into = x if self.parallel else y
+        if into is None:
+            raise LeafError(
+                f"the parallel adapter at '{self.path}' reads what goes into a matrix product, but "
+                f"the parameter, of shape {self.shape}, is used otherwise here (by a convolution, "
+                "or as a bias): use placement='sequential', which reads what comes out"
+            )
         down, up = self.down.astype(y.dtype), self.up.astype(y.dtype)
         low = _plus(self._through(into.astype(y.dtype), down, free), self.down_bias, free)
         low = ACTIVATIONS[self.activation](low)
@@ -115,8 +121,8 @@ class Adapter(Transform):
 
     - `size`: of the bottleneck.
     - `targets`: regular expressions, searched in `/`-joined paths; each must match a parameter.
-    - `placement`: `sequential`, `h + s up(f(down(h)))` (Houlsby et al. 2019), or `parallel`, at a
-      kernel alone, `x W + s up(f(down(x)))` (He et al. 2022).
+    - `placement`: `sequential`, `h + s up(f(down(h)))` (Houlsby et al. 2019), or `parallel`, at
+      the kernel of a matrix product alone, `x W + s up(f(down(x)))` (He et al. 2022).
     - `activation`, `scale`: `f` and `s`.
     - `std`: both matrices start truncated normal with this deviation, so that the adapter starts
       near the identity; biases at zero.

@@ -168,6 +168,29 @@ def test_errors(unchecked):
         jpeft.lift(lambda p, x: x @ p["kernel"].T)(rewritten, jnp.ones((2, 8)))
 
 
+def convolved(params, x):
+    layout = ("NWC", "WIO", "NWC")
+    return jax.lax.conv_general_dilated(x, params["kernel"], (1,), "SAME", dimension_numbers=layout)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_an_adapter_on_a_convolution_acts_on_the_channels_that_come_out(window):
+    params = {"kernel": jax.random.normal(jax.random.key(1), (window, 4, 4))}
+    x = jax.random.normal(jax.random.key(2), (2, 5, 4))
+    uses = jpeft.uses(convolved, params, x)
+
+    def run(method):
+        state = filled(method.init(jax.random.key(0), params, uses=uses))
+        return state["kernel"], jpeft.lift(convolved)(method.rewrite(params, state), x)
+
+    b, got = run(jpeft.Adapter(3, "kernel$"))
+    h = convolved(params, x)
+    want = h + jax.nn.gelu(h @ b.down + b.down_bias) @ b.up + b.up_bias
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(jpeft.LeafError, match="parallel adapter at 'kernel' .*by a convolution"):
+        run(jpeft.parallel_adapter(3, "kernel$"))
+
+
 def test_layers_that_a_method_did_not_know_of():
     params = {"kernel": jnp.ones((3, 4, 4))}
 
