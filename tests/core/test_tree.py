@@ -137,6 +137,21 @@ def test_an_unused_parameter_is_told():
         jpeft.LoRA(2, 4.0, "idle$").init(jax.random.key(0), params, uses=found)
 
 
+def test_a_kernel_that_is_read_otherwise_is_told_of_axes():
+    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}
+
+    def apply(params, x):
+        return sum(x @ half for half in jnp.split(params["kernel"], 2, axis=1)) + params["bias"][:2]
+
+    found = jpeft.uses(apply, params, jnp.ones((2, 3)))
+    with pytest.raises(jpeft.TargetError, match="read by split: .*give LoRA axes={pattern: lett"):
+        jpeft.LoRA(1, 1.0, "kernel").init(jax.random.key(0), params, uses=found)
+    method = jpeft.LoRA(1, 1.0, "kernel", axes={"kernel": "io"})
+    assert method.init(jax.random.key(0), params, uses=found)["kernel"].axes == "io"
+    with pytest.raises(jpeft.TargetError, match="read by add: make the pattern end in"):
+        jpeft.LoRA(1, 1.0, "bias").init(jax.random.key(0), params, uses=found)
+
+
 def test_chain_takes_transforms_alone():
     with pytest.raises(TypeError, match="kernel"):
         jpeft.chain(jpeft.Train("kernel"), "kernel")
