@@ -100,9 +100,13 @@ def _from_uses(method: str, path: str, ndim: int, uses: Uses) -> tuple[str, bool
     products = [u for u in found if u.axes is not None and len(u.axes) == ndim and "o" in u.axes]
     if not products:
         how = ", ".join(dict.fromkeys(u.primitive for u in found)) or "nothing"
+        what = "make the pattern end in the kernel's name, such as r'kernel$'"
+        if found and ndim > 1:
+            letters = "axes={pattern: letters}, such as 'io'"
+            what = f"if it is a kernel all the same, give {method} {letters}; else {what}"
         raise TargetError(
             f"{method} needs a parameter that is multiplied or looked up, but '{path}' is read by "
-            f"{how}: make the pattern end in the kernel's name, such as r'kernel$'"
+            f"{how}: {what}"
         )
     # A table that is also the output head is looked up first: its rows are its inputs.
     products.sort(key=lambda u: u.primitive != "gather")

@@ -58,6 +58,8 @@ class LoRA(Transform):
 
     - `rank`, `alpha`: the update's rank, and its scale's numerator.
     - `targets`: regular expressions, searched in `/`-joined paths; each must match a parameter.
+      In Flax's names `r"kernel$"` is every linear layer, `r"^(?!lm_head|head).*kernel$"` all but
+      those that begin so.
     - `dropout`: of the low-rank branch's input, when `rewrite` is given a key.
     - `rslora`: scale by `alpha / sqrt(rank)` (Kalajdzievski 2023).
     - `dora`: train a magnitude for each output too (Liu et al. 2024); its norm is a constant to

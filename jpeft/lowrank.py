@@ -97,15 +97,15 @@ class LowRank(Weight):
         if isinstance(x, Leaf) or set(my_batch) != set(self._of("b")):
             return None
         if set(mine) == set(self._of("i")):
-            first, second, into = "a", "b", self._dropped(x)
+            first, second = "a", "b"
         elif set(mine) == set(self._of("o")):
-            first, second, into = "b", "a", x
+            first, second = "b", "a"
         else:
             return None
         (y,) = call.rebind(index, self.base)
         place = self._order(first).index
         low = jax.lax.dot_general(
-            into,
+            self._dropped(x),
             getattr(self, first).astype(x.dtype),
             ((theirs, [place(i) for i in mine]), (x_batch, [place(i) for i in my_batch])),
             precision=call.params["precision"],

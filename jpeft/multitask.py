@@ -79,13 +79,8 @@ def per_example(
     old = flatten(params)
 
     def one(state: Any) -> dict[str, Leaf]:
-        found: dict[str, Leaf] = {}
-        for path, leaf in flatten(place(params, state)).items():
-            if isinstance(leaf, Leaf) and leaf is not old[path]:
-                found[path] = leaf
-            elif leaf is not old[path]:
-                found[path] = Own(old[path], leaf, path)
-        return found
+        placed = flatten(place(params, state))
+        return {p: _owned(x, old[p], p) for p, x in placed.items() if x is not old[p]}
 
     shape = jax.eval_shape(lambda s: one(jax.tree.map(lambda x: x[0], s)), stacked)
     levels = {p: _levels(leaf) - _levels(old[p]) for p, leaf in shape.items()}
@@ -101,6 +96,17 @@ def per_example(
         ids = jnp.broadcast_to(task, (*batch, *task.shape))
         new[path] = PerTask(leaf, ids, levels[path], path)
     return replace(params, new)
+
+
+def _owned(x: Any, old: Any, path: str) -> Any:
+    """A rewritten parameter whose nested leaves end in `old`, which all tasks share: what one task
+    has in its place, such as a trained kernel under LoRA, becomes its `Own`.
+    """
+    if x is old:
+        return x
+    if isinstance(x, Leaf):
+        return dataclasses.replace(x, base=_owned(x.base, old, path))  # type: ignore[type-var]
+    return Own(old, x, path)
 
 
 def _levels(x: Any) -> int:

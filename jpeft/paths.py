@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+from flax import nnx
+from flax.core.meta import AxisMetadata
 
 from jpeft.leaf import is_leaf
 
@@ -21,19 +23,54 @@ class TargetError(ValueError):
 def path_string(path: Sequence[Any]) -> str:
     """The `/`-joined path of a JAX key path: `layers/0/kernel`.
 
-    Attribute, dictionary and sequence keys are all written plainly. The `value` of an NNX
-    variable is left out, so that a state and its pure dictionary have the same paths.
+    Attribute, dictionary and sequence keys are all written plainly.
     """
     parts = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    if len(parts) > 1 and type(path[-1]).__name__ == "GetAttrKey" and parts[-1] == "value":
-        parts.pop()
     return "/".join(p.lstrip(".") for p in parts)
 
 
+def map_with_paths(
+    f: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] = is_leaf
+) -> Any:
+    """The tree with `f(path, x)` for every leaf `x`, whose path is a string.
+
+    The `value` of a Flax variable is left out of it, so that a state and its pure dictionary have
+    the same paths.
+    """
+    boxes, _ = jax.tree_util.tree_flatten_with_path(tree, lambda x: is_leaf(x) or _is_box(x))
+    boxed = {path for path, x in boxes if _is_box(x)}
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    new = [f(path_string(p[:-1] if p[:-1] in boxed else p), x) for p, x in leaves]
+    return treedef.unflatten(new)
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, nnx.Variable | AxisMetadata)
+
+
 def flatten(params: Any) -> dict[str, Any]:
-    """Every array or rewritten leaf of a tree by its path string, in tree order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
-    return {path_string(path): leaf for path, leaf in leaves}
+    """Every array or rewritten leaf of a tree by its path string, in tree order.
+
+    What is neither, such as a function in an Equinox module, is left out.
+
+    **Raises:** `TargetError` for two with one path.
+    """
+    found: dict[str, Any] = {}
+
+    def add(path: str, x: Any) -> None:
+        if not (is_leaf(x) or is_array(x)):
+            return
+        if path in found:
+            raise TargetError(f"two parameters have the path '{path}': rename one of them")
+        found[path] = x
+
+    map_with_paths(add, params)
+    return found
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array, or the shape and type of one."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def replace(params: Any, new: Mapping[str, Any]) -> Any:
@@ -48,9 +85,7 @@ def replace(params: Any, new: Mapping[str, Any]) -> Any:
                 f"the trained state has '{path}', which these parameters do not have"
                 f"{_near(path, paths)}"
             )
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: new.get(path_string(path), leaf), params, is_leaf=is_leaf
-    )
+    return map_with_paths(new.get, params)
 
 
 def match(patterns: str | Sequence[str], paths: Iterable[str]) -> list[str]:

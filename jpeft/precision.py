@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jpeft.paths import compiled, path_string
+from jpeft.paths import compiled, map_with_paths
 
 
 class MasterState(NamedTuple):
@@ -37,13 +37,12 @@ def cast(tree: Any, dtype: Any, keep: str | Sequence[str] = ()) -> Any:
     """The tree with its real arrays in `dtype`; integers, keys and paths that match `keep` stay."""
     patterns = [compiled(p) for p in ([keep] if isinstance(keep, str) else keep)]
 
-    def of(path: Any, x: Any) -> Any:
+    def of(path: str, x: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        name = path_string(path)
-        return x if any(p.search(name) for p in patterns) else x.astype(dtype)
+        return x if any(p.search(path) for p in patterns) else x.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    return map_with_paths(of, tree, lambda x: False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jpeft.leaf import Leaf
-from jpeft.paths import flatten
+from jpeft.paths import flatten, replace
 from jpeft.transform import Chain, Params, Transform
 from jpeft.uses import Uses
 
@@ -64,7 +64,9 @@ def summary(transform: Transform, params: Params, *, uses: Uses | None = None) -
     **Raises:** as `transform.init`.
     """
     leaves = flatten(params)
-    trainable = jax.eval_shape(lambda p: transform.init(jax.random.key(0), p, uses=uses), params)
+    trainable = jax.eval_shape(
+        lambda p: transform.init(jax.random.key(0), replace(params, p), uses=uses), leaves
+    )
     rows: list[Row] = []
     total = sum(_size(x) for x in leaves.values())
     for part, state in _parts(transform, trainable):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -70,6 +70,13 @@ class Transform(abc.ABC):
         """Why this transform cannot stand in one chain with `other`; None where it can."""
         del other
         return None
+
+    def overwrites(self, trainable: Trainable) -> Collection[str]:
+        """The paths of the parameters that `place` writes over, whatever stands there: what an
+        earlier transform of a chain has made of them would be lost.
+        """
+        del trainable
+        return ()
 
     def decoding(self) -> Transform:
         """The transform for those steps of generation that read a cache: prompts and prefixes
@@ -143,6 +150,10 @@ class Train(Transform):
 
         return replace(params, {path: new(path, value) for path, value in trainable.items()})
 
+    def overwrites(self, trainable: Trainable) -> Collection[str]:
+        """Every trained parameter."""
+        return trainable.keys()
+
 
 @dataclasses.dataclass(frozen=True)
 class Chain(Transform):
@@ -159,11 +170,25 @@ class Chain(Transform):
                     raise TargetError(f"{a!r} and {b!r} cannot be chained: {reason}")
 
     def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
-        """A tuple: each transform is initialised on what those before it have rewritten."""
+        """A tuple: each transform is initialised on what those before it have rewritten.
+
+        **Raises:** as theirs; `TargetError` for one that would write over what an earlier one
+        trains, such as a parameter that is in two `Train`s.
+        """
         trainables: list[Trainable] = []
+        changed: dict[str, Transform] = {}
         for i, transform in enumerate(self.transforms):
             trainable = transform.init(jax.random.fold_in(key, i), params, uses=uses)
+            for path in transform.overwrites(trainable):
+                if path in changed:
+                    raise TargetError(
+                        f"'{path}' is trained by {changed[path]!r}, and {transform!r} would write "
+                        "over it: leave it out of one of the two"
+                    )
+            before = flatten(params)
             params = transform.place(params, trainable)
+            after = flatten(params)
+            changed |= {path: transform for path, x in after.items() if x is not before[path]}
             trainables.append(trainable)
         return tuple(trainables)
 
@@ -181,6 +206,11 @@ class Chain(Transform):
                 params, part, None if key is None else jax.random.fold_in(key, i)
             )
         return params
+
+    def overwrites(self, trainable: Trainable) -> Collection[str]:
+        """Those of each."""
+        parts = zip(self.transforms, trainable, strict=True)
+        return {path for transform, part in parts for path in transform.overwrites(part)}
 
     def decoding(self) -> Chain:
         """Each transform's."""

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jpeft._axes import regroup
-from jpeft.leaf import Call, Leaf, Weight, dense, is_leaf, register, static
-from jpeft.paths import path_string
+from jpeft.leaf import Call, Weight, dense, is_leaf, register, static
+from jpeft.paths import is_array, map_with_paths
 from jpeft.rewrite import lift
 
 
@@ -54,45 +54,37 @@ def uses(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> U
     """
     records: dict[str, list[Use]] = {}
 
-    def probe(path: Any, leaf: Any) -> Any:
-        name = path_string(path)
-        records[name] = []
-        array = leaf if isinstance(leaf, Leaf) else jnp.asarray(leaf)
-        if not jnp.issubdtype(array.dtype, jnp.inexact):
-            return leaf
-        axes = tuple((i,) for i in range(array.ndim))
-        return Probe(leaf, axes=axes, whole=array.ndim, path=name, record=_Record(records[name]))
+    def probe(path: str, x: Any) -> Any:
+        if not (is_leaf(x) or is_array(x)):
+            return x
+        records[path] = []
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        axes = tuple((i,) for i in range(x.ndim))
+        return Probe(x, axes=axes, whole=x.ndim, path=path, record=_Record(records[path]))
 
-    def probed(params: Any, args: Any, kwargs: Any) -> Any:
-        probes = jax.tree_util.tree_map_with_path(probe, params, is_leaf=is_leaf)
+    arrays, rest = _partition((params, args, kwargs))
+
+    def on_arrays(arrays: Any) -> Any:
+        params, args, kwargs = _join(arrays, rest)
+        probes = map_with_paths(probe, params)
         return jax.tree.map(dense, lift(apply)(probes, *args, **kwargs), is_leaf=is_leaf)
 
-    arrays, rest = _partition((args, kwargs))
-
-    def on_arrays(params: Any, arrays: Any) -> Any:
-        args, kwargs = _join(arrays, rest)
-        return probed(params, args, kwargs)
-
-    jax.eval_shape(on_arrays, params, arrays)
+    jax.eval_shape(on_arrays, arrays)
     return {path: tuple(dict.fromkeys(found)) for path, found in records.items()}
 
 
 def _partition(tree: Any) -> tuple[list[Any], Any]:
     leaves, treedef = jax.tree.flatten(tree)
-    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
-    arrays = [x for x, a in zip(leaves, is_array, strict=True) if a]
-    return arrays, (
-        treedef,
-        [None if a else x for x, a in zip(leaves, is_array, strict=True)],
-        is_array,
-    )
+    arrays = [x for x in leaves if is_array(x)]
+    return arrays, (treedef, [None if is_array(x) else x for x in leaves], [*map(is_array, leaves)])
 
 
 def _join(arrays: list[Any], rest: Any) -> Any:
-    treedef, leaves, is_array = rest
+    treedef, leaves, traced = rest
     of = iter(arrays)
     return jax.tree.unflatten(
-        treedef, [next(of) if a else x for x, a in zip(leaves, is_array, strict=True)]
+        treedef, [next(of) if t else x for x, t in zip(leaves, traced, strict=True)]
     )
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import jpeft
+from tests.core.drawn import drawn
 
 PARAMS = {
     "embed": {"embedding": jnp.ones((9, 4))},
@@ -42,11 +43,44 @@ def test_refused_when_built(pair, reason):
             (jpeft.PrefixTuning(3, "bias$"), jpeft.PrefixTuning(2, "bias$", after=2)),
             "already has a prefix at positions 0 to 3",
         ),
+        (
+            (jpeft.Train("bias$"), jpeft.Train("^bias")),
+            r"'bias' is trained by Train.*bias\$.*, and Train\(targets='\^bias'.* over it",
+        ),
+        ((jpeft.Train("kernel", last=1), jpeft.Train("kernel")), "'kernel' is trained by Train"),
+        ((jpeft.Subspace(5), jpeft.Train("bias")), r"'bias' is trained by Subspace\(d=5"),
+        ((jpeft.houlsby(2, "kernel", "bias"), jpeft.bitfit()), "'bias' is trained by Chain"),
+        ((jpeft.Train("bias"), jpeft.houlsby(2, "kernel", "bias")), "Chain.*would write over it"),
     ],
 )
 def test_refused_on_a_model(pair, reason):
     with pytest.raises(jpeft.TargetError, match=reason):
         jpeft.chain(*pair).init(jax.random.key(0), PARAMS)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (jpeft.Train("kernel"), LOW),
+        (jpeft.Train("bias"), jpeft.Adapter(2, "bias$")),
+        (jpeft.Train("bias"), jpeft.Subspace(5)),
+        (jpeft.Subspace(5, "bias|kernel"), LOW),
+        (jpeft.Subspace(5, "kernel"), jpeft.Train("bias")),
+    ],
+    ids=str,
+)
+def test_what_stands_on_a_trained_parameter_trains_both(pair):
+    method = jpeft.chain(*pair)
+    state = drawn(method, PARAMS)
+
+    def apply(params, x):
+        return jnp.tanh(x @ params["kernel"] + params["bias"])
+
+    def loss(state):
+        return jpeft.lift(apply)(method.rewrite(PARAMS, state), jnp.eye(4)).sum()
+
+    grads = jax.tree.leaves(jax.grad(loss)(state))
+    assert all(jnp.abs(g).max() > 0 for g in grads)
 
 
 def test_two_prefixes_side_by_side():

@@ -160,12 +160,23 @@ def test_dropout_is_on_the_low_rank_branch_alone():
     assert not np.allclose(one, other)
     many = jax.vmap(lambda k: run(state, k))(jax.random.split(key, 4000))
     np.testing.assert_allclose(many.mean(0), plain, atol=0.6)
-    # Whole input features go, scaled by 2: the branch is a sum over a subset of them.
-    branch = (one - X @ W)[0] / 2
-    f = state["w"]
-    terms = 2 * X[0][:, None] * (f.a @ f.b)
+    assert drops_whole_inputs(one - X @ W, state["w"].a @ state["w"].b)
+
+
+def drops_whole_inputs(branch, update):
+    """Input features go, scaled by 2: the branch is a sum over a subset of them."""
+    terms = 2 * X[0][:, None] * update
     subsets = jnp.array([[(m >> i) & 1 for i in range(6)] for m in range(64)])
-    assert float(jnp.abs(subsets @ terms - branch).max(1).min()) < 1e-4
+    return float(jnp.abs(subsets @ terms - branch[0] / 2).max(1).min()) < 1e-4
+
+
+def test_dropout_is_on_what_meets_a_transposed_kernel_too():
+    method = jpeft.LoRA(2, 4.0, "w$", dropout=0.5)
+    state = filled(method.init(jax.random.key(0), {"w": W.T}))
+    forward = jpeft.lift(lambda params, x: x @ params["w"].T)
+    one = forward(method.rewrite({"w": W.T}, state, key=jax.random.key(5)), X)
+    assert not np.allclose(one, forward(method.rewrite({"w": W.T}, state), X))
+    assert drops_whole_inputs(one - X @ W, (state["w"].a @ state["w"].b).T)
 
 
 def test_fused_kernel_with_parts_has_the_papers_count_and_leaves_k_alone():

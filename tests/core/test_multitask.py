@@ -13,6 +13,7 @@ X = jax.random.normal(jax.random.key(3), (3, 4, 6))
 TASK = jnp.array([1, 0, -1])
 LORA = jpeft.LoRA(2, 4.0, "w$", axes={"w": "bio"})
 ADAPTER = jpeft.Adapter(2, "b$", axes={"b": "bo"})
+DORA = jpeft.LoRA(2, 4.0, "w$", axes={"w": "bio"}, dora=True)
 
 
 def states(method, params=PARAMS):
@@ -50,7 +51,16 @@ def cast(params, x):
 
 
 @pytest.mark.parametrize("apply", [indexed, scanned, cut, cast])
-@pytest.mark.parametrize("method", [LORA, ADAPTER, jpeft.chain(LORA, ADAPTER)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        LORA,
+        ADAPTER,
+        jpeft.chain(LORA, ADAPTER),
+        jpeft.chain(jpeft.Train("."), LORA, ADAPTER),
+        jpeft.chain(jpeft.Subspace(4), DORA),
+    ],
+)
 def test_stacked_layers(apply, method):
     @jax.jit
     def run(states):

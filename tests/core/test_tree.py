@@ -1,8 +1,11 @@
 """Paths and patterns, `uses`, `summary`, `chain`."""
 
+import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +35,56 @@ def test_a_path_as_a_whole_pattern_matches_itself(tree, data):
     leaves = flatten(tree)
     path = data.draw(st.sampled_from(sorted(leaves)))
     assert path in match(f"^{path}$", leaves)
+
+
+class Projections(eqx.Module):
+    query: jax.Array
+    value: jax.Array
+
+
+def test_a_field_called_value_keeps_its_name():
+    params = {"attn": Projections(jnp.ones((3, 3)), jnp.ones((3, 3)))}
+    assert list(flatten(params)) == ["attn/query", "attn/value"]
+    state = jpeft.LoRA(1, 1.0, r"(query|value)$").init(jax.random.key(0), params)
+    assert set(state) == {"attn/query", "attn/value"}
+
+
+def test_the_value_of_a_flax_variable_has_no_name():
+    module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    state = nnx.state(module)
+    assert set(flatten(module)) == set(flatten(state)) == set(flatten(nnx.to_pure_dict(state)))
+    assert list(flatten({"kernel": nn.Partitioned(jnp.ones(3), (None,))})) == ["kernel"]
+    assert replace(state, {"bias": jnp.ones(3)})["bias"][...].all()
+    kept = jpeft.cast(state, jnp.bfloat16, keep="bias$")
+    assert {p: x.dtype for p, x in flatten(kept).items()} == {
+        "bias": jnp.float32,
+        "kernel": jnp.bfloat16,
+    }
+
+
+def test_two_parameters_with_one_path_are_told():
+    with pytest.raises(jpeft.TargetError, match="two parameters have the path 'a/b'"):
+        flatten({"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(2)})
+
+
+def test_a_module_with_functions_in_it_is_read_without_them():
+    mlp = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    x = jnp.ones((5, 3))
+
+    def apply(mlp, x):
+        return jax.vmap(mlp)(x)
+
+    found = jpeft.uses(apply, mlp, x)
+    assert (
+        set(found)
+        == set(flatten(mlp))
+        == {f"layers/{i}/{n}" for i in (0, 1) for n in ("weight", "bias")}
+    )
+    for method in (jpeft.LoRA(1, 1.0, "weight$"), jpeft.Train(".*"), jpeft.Subspace(3)):
+        assert jpeft.summary(method, mlp, uses=found).trainable > 0
+        state = method.init(jax.random.key(0), mlp, uses=found)
+        out = jpeft.lift(apply)(method.rewrite(mlp, state), x)
+        assert jnp.allclose(out, apply(mlp, x))
 
 
 def test_every_pattern_must_match():
@@ -82,6 +135,21 @@ def test_an_unused_parameter_is_told():
     found = jpeft.uses(lambda p, x: x @ p["used"], params, jnp.ones((2, 3)))
     with pytest.raises(jpeft.TargetError, match="idle"):
         jpeft.LoRA(2, 4.0, "idle$").init(jax.random.key(0), params, uses=found)
+
+
+def test_a_kernel_that_is_read_otherwise_is_told_of_axes():
+    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}
+
+    def apply(params, x):
+        return sum(x @ half for half in jnp.split(params["kernel"], 2, axis=1)) + params["bias"][:2]
+
+    found = jpeft.uses(apply, params, jnp.ones((2, 3)))
+    with pytest.raises(jpeft.TargetError, match="read by split: .*give LoRA axes={pattern: lett"):
+        jpeft.LoRA(1, 1.0, "kernel").init(jax.random.key(0), params, uses=found)
+    method = jpeft.LoRA(1, 1.0, "kernel", axes={"kernel": "io"})
+    assert method.init(jax.random.key(0), params, uses=found)["kernel"].axes == "io"
+    with pytest.raises(jpeft.TargetError, match="read by add: make the pattern end in"):
+        jpeft.LoRA(1, 1.0, "bias").init(jax.random.key(0), params, uses=found)
 
 
 def test_chain_takes_transforms_alone():

@@ -166,8 +166,12 @@ METHODS = {
         "LORA",
     ),
     "norms and biases": (
-        jpeft.chain(jpeft.LoRA(2, 4.0, r"query/kernel$"), jpeft.Train("LayerNorm"), jpeft.bitfit()),
-        None,  # a norm's bias twice
+        jpeft.chain(
+            jpeft.LoRA(2, 4.0, r"query/kernel$"),
+            jpeft.Train("LayerNorm"),
+            jpeft.bitfit(r"(?<!LayerNorm)/bias$"),
+        ),
+        "LORA",
     ),
     "biases": (jpeft.chain(jpeft.bitfit(), jpeft.LoRA(2, 4.0, r"query/kernel$")), "LORA"),
     "norms": (jpeft.chain(jpeft.Train("LayerNorm"), jpeft.LoRA(2, 4.0, r"query/kernel$")), "LORA"),
