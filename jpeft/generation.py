@@ -164,7 +164,8 @@ def stream(
         yield np.asarray(picked)
         if bool(jnp.all(done)):
             return
-        ids, mask = picked[:, None], (~done)[:, None].astype(jnp.int32)
+        ids = picked[:, None]
+        mask = jnp.ones_like(ids)
 
 
 def ids_and_mask(ids: Any, mask: Any) -> tuple[Array, Array]:
@@ -242,8 +243,9 @@ def _generate(
 
     def step(carry: Any) -> Any:
         i, picked, tokens, lengths, cache, done = carry
-        own = (~done)[:, None].astype(jnp.int32)
-        logits, cache = run(decode_params, picked[:, None], own, cache=cache, **extra)
+        # A row that has ended reads on: its length counts where rotary frequencies depend on it.
+        token = picked[:, None]
+        logits, cache = run(decode_params, token, jnp.ones_like(token), cache=cache, **extra)
         lengths = lengths + ~done
         picked, done = _pick(logits[:, 0], sampling, stop, pad, at(i), done)
         return i + 1, picked, tokens.at[:, i].set(picked), lengths, cache, done

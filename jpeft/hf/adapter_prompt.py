@@ -1,8 +1,9 @@
 """Prompts and prefixes in Hugging Face PEFT's files: one tensor, `prompt_embeddings`.
 
-A prompt is (n, width). Prefixes are (n, 2 * layers * width), keys and values alternating layer by
-layer, of the width of the key and value heads; what a network computed in training is stored as
-its result.
+A prompt is (n, width), and stands behind the factor by which Gemma's embeddings multiply what they
+look up, as transformers 5 has it; ours is looked up. Prefixes are (n, 2 * layers * width), keys and
+values alternating layer by layer, of the width of the key and value heads; what a network computed
+in training is stored as its result.
 """
 
 from __future__ import annotations
@@ -29,19 +30,29 @@ Written = tuple[dict[str, Any], dict[str, np.ndarray], list[str]]
 def read_prompt(
     names: Names, options: Mapping[str, Any], contents: Contents
 ) -> tuple[PromptTuning, Trainable, list[str]]:
-    """The transform and its state."""
-    length, path = options["num_virtual_tokens"], _table(names)
+    """The transform and its state.
+
+    **Raises:** `CheckpointError` for a Gemma without its configuration.
+    """
+    length, path, factor = options["num_virtual_tokens"], _table(names), _factor(names)
+    if factor is None:
+        raise CheckpointError(
+            "PEFT's prompts stand behind the factor of Gemma's embeddings: pass "
+            "config=model.config, by which they are divided"
+        )
     width = names.leaves[path].shape[1]
-    prompt = jnp.asarray(contents.take(TENSOR, (length, width)))
+    prompt = jnp.asarray(contents.take(TENSOR, (length, width)) / factor)
     return PromptTuning(length, exact(path)), {path: {"prompt": prompt}}, []
 
 
 def write_prompt(method: PromptTuning, state: Trainable, names: Names) -> Written | None:
     """PEFT's options and its tensor."""
     ((path, at),) = state.items()
-    if not re.search(WORDS, path):
+    factor = _factor(names)
+    if factor is None or not re.search(WORDS, path):
         return None
-    return _config("PROMPT_TUNING", method.length, at["prompt"].shape[1]), _one(at["prompt"]), []
+    prompt = at["prompt"] * factor
+    return _config("PROMPT_TUNING", method.length, prompt.shape[1]), _one(prompt), []
 
 
 def read_prefix(
@@ -128,6 +139,16 @@ def _turned(keys: np.ndarray, config: Any, *, back: bool) -> np.ndarray:
     cos, sin = (jnp.broadcast_to(x, (layers, *x.shape[1:])) for x in (cos, sin))
     heads = jnp.asarray(keys).reshape(layers, n, -1, config.width)
     return np.asarray(rotate(heads, cos, sin)).reshape(keys.shape)
+
+
+def _factor(names: Names) -> float | None:
+    """What a model multiplies the rows with that it looks up; None for a Gemma without its
+    configuration, which its norms give away.
+    """
+    if names.config is None:
+        gemma = any("/pre_feedforward_layernorm/" in path for path in names.leaves)
+        return None if gemma else 1.0
+    return names.config.hidden_size**0.5 if getattr(names.config, "gemma", False) else 1.0
 
 
 def _table(names: Names) -> str:

@@ -67,7 +67,8 @@ def load_adapter(
     **Arguments:** `params`, the model's parameters; `family`, how its files call them; `uses`, as
     for the transform's `init`, needed by some methods that PEFT does not have, and to tell whether
     an adapted table of embeddings is the output head too, which PEFT's adapters leave as it was;
-    `config`, the model's configuration, needed for prefixes of models with a rotary embedding.
+    `config`, the model's configuration, needed for prefixes of models with a rotary embedding, and
+    for prompts of Gemma.
 
     **Raises:** `CheckpointError` for files that are absent, damaged or pickled, for an option or a
     value that is not known here, and with every missing, unexpected and misshapen tensor.
@@ -119,7 +120,8 @@ def save_adapter(
     it: without one PEFT loads them, and runs the model as if they were not there; `uses`, what
     `jpeft.uses` found: a table that is the output head too cannot be adapted in PEFT's form, and
     without `uses` that of a model with no other head is taken for one; `config`, the model's
-    configuration: without it prefixes of models with a rotary embedding are not in PEFT's form.
+    configuration: without it prefixes of models with a rotary embedding, and prompts of Gemma, are
+    not in PEFT's form.
 
     **Returns:** the `peft_type` that was written: `JPEFT` for this package's own.
 

@@ -18,6 +18,9 @@ from jpeft._disk import CheckpointError as CheckpointError
 from jpeft._disk import atomically, open_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Bytes of a tensor that are compared at once.
+PIECE = 2**24
+_UNREADABLE = (SafetensorError, OSError, TypeError, AttributeError)
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "tf_model.h5")
 
 
@@ -99,8 +102,23 @@ class Tensors:
         """A tensor, in the file's type."""
         try:
             return open_tensors(self._where[name]).get_tensor(name)
-        except (SafetensorError, OSError, TypeError, AttributeError) as e:
+        except _UNREADABLE as e:
             raise CheckpointError(f"{self._where[name]}: cannot read '{name}': {e}") from e
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two matrices are of one type and the same bit for bit; some rows of each are read
+        at a time.
+        """
+        shape, kind = self.shape(one), self.kind(one)
+        if len(shape) != 2 or (shape, kind) != (self.shape(other), self.kind(other)):
+            return False
+        try:
+            a, b = (open_tensors(self._where[n]).get_slice(n) for n in (one, other))
+            step = max(1, PIECE // (8 * shape[1] + 1))
+            rows = (slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step))
+            return all(a[r].tobytes() == b[r].tobytes() for r in rows)
+        except _UNREADABLE as e:
+            raise CheckpointError(f"{self.directory}: cannot read '{one}' or '{other}': {e}") from e
 
 
 @dataclasses.dataclass(frozen=True)

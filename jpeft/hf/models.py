@@ -49,20 +49,27 @@ class Kind:
 LLAMA = Family(
     stacks=("model/layers",),
     prefix="model.",
-    # Buffers, and the copy that a tied head has in some files.
-    ignored=r"rotary_emb\.|^lm_head\.weight$",
+    ignored=r"rotary_emb\.",  # buffers
+    copies={"lm_head.weight": "model.embed_tokens.weight"},
+    untied="set tie_word_embeddings to false in config.json to have it read",
 )
 GPT2 = Family(
     stacks=("transformer/h",),
     prefix="transformer.",
     conv1d=r"/(c_attn|c_proj|c_fc)/kernel$",
-    ignored=r"(^|\.)h\.\d+\.attn\.(masked_)?bias$|^lm_head\.weight$",
+    ignored=r"(^|\.)h\.\d+\.attn\.(masked_)?bias$",
+    copies={"lm_head.weight": "transformer.wte.weight"},
+    untied="a GPT-2 with a head of its own is not supported",
 )
 _BUCKETS = "relative_attention_bias"
 T5 = Family(
     stacks=("encoder/block", "decoder/block"),
-    ignored=r"^(encoder|decoder)\.embed_tokens\.weight$|^lm_head\.weight$"
-    rf"|EncDecAttention\.{_BUCKETS}\.weight$",
+    ignored=rf"EncDecAttention\.{_BUCKETS}\.weight$",
+    copies=dict.fromkeys(
+        ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
+        "shared.weight",
+    ),
+    untied="only a T5 with tie_word_embeddings false has a second table, its head",
     # transformers 5 ties the head of v1.1 too, without saying so in config.json.
     shared={"lm_head.weight": "shared.weight"},
     # One table for all layers, which the file has in the first.

@@ -26,6 +26,8 @@ class Family:
       such as `bert.`.
     - `conv1d`: a pattern of paths whose kernels are (in, out) in the file too (GPT-2's Conv1D).
     - `ignored`: a pattern of names that a file may have and these models do not read.
+    - `copies`: name to the name whose copy it is, where a file has both: it is not read either.
+    - `untied`: what a reader of such a file can do where it is no copy.
     - `new`: a pattern of paths that a file may lack, and that are then initialised.
     - `replaced`: a pattern of paths that are new too where the file's tensor has another shape: a
       head for other classes.
@@ -38,6 +40,8 @@ class Family:
     prefix: str = ""
     conv1d: str = r"$^"
     ignored: str = r"$^"
+    copies: Mapping[str, str] = dataclasses.field(default_factory=lambda: _NONE)
+    untied: str = ""
     new: str = r"$^"
     replaced: str = r"$^"
     renames: tuple[tuple[str, str], ...] = ()

@@ -1,4 +1,4 @@
-"""Which tensors of a directory make which parameters, before any is read."""
+"""Which tensors of a directory make which parameters, before any is loaded."""
 
 from __future__ import annotations
 
@@ -81,7 +81,10 @@ def plan_of(
     for name, source in found.items():
         if source in used:
             continue
-        if re.search(family.ignored, name):
+        copied = _find(found, family.copies.get(name, ""), family.prefix)
+        if copied is not None and not tensors.equal(source, copied):
+            plan.problems.append(f"differs: {source} is no copy of {copied}: {family.untied}")
+        elif copied is not None or re.search(family.ignored, name):
             plan.ignored.append(source)
         else:
             plan.problems.append(f"unexpected: {source}")

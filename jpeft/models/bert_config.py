@@ -9,6 +9,12 @@ from typing import Any
 from jpeft.models.layers import ACTIVATIONS
 from jpeft.models.options import check_options
 
+# What transformers takes for options that a file leaves out, where it is not our default.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {"vocab_size": 50265, "pad_token_id": 1},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
@@ -31,7 +37,7 @@ class BertConfig:
     model_type: str = "bert"
 
     def __post_init__(self) -> None:
-        if self.model_type not in ("bert", "roberta"):
+        if self.model_type not in DEFAULTS:
             raise ValueError(
                 f"model_type is '{self.model_type}': this is the model of 'bert' and 'roberta'"
             )
@@ -58,7 +64,8 @@ class BertConfig:
         }
         names = {f.name for f in dataclasses.fields(cls)}
         check_options(config, {*names, "tie_word_embeddings"}, only)
-        return cls(**{k: v for k, v in config.items() if k in names})
+        merged = {**DEFAULTS.get(config.get("model_type", "bert"), {}), **config}
+        return cls(**{k: v for k, v in merged.items() if k in names})
 
     @property
     def longest(self) -> int:

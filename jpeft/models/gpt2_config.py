@@ -15,6 +15,7 @@ _ONLY: dict[str, Any] = {
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
+    "is_causal": True,
     "tie_word_embeddings": True,
 }
 # Of heads that this model does not have; `n_ctx` is the old name of what `n_positions` says.

@@ -158,6 +158,9 @@ class LlamaConfig:
             own["hidden_act"] = merged["hidden_activation"]
         else:
             own.pop("query_pre_attn_scalar", None)
+        if kind == "gemma3_text":
+            # Gemma 3's files may have one, which its models do not read.
+            own["attn_logit_softcapping"] = None
         for name in _FLOATS & own.keys():
             own[name] = None if own[name] is None else float(own[name])
         if isinstance(own.get("eos_token_id"), list):
@@ -281,6 +284,7 @@ _ARCHITECTURES = {
 
 _ONLY: dict[str, Any] = {
     "attention_dropout": 0.0,
+    "is_causal": True,
     "use_bidirectional_attention": False,
     "quantization_config": None,
 }

@@ -11,14 +11,10 @@ from jpeft.models.options import check_options
 
 # What the model does where an option could say otherwise.
 _ONLY: dict[str, Any] = {"model_type": "t5", "is_encoder_decoder": True, "is_decoder": False}
-# A head's, what `feed_forward_proj` says already, and a length that relative positions do not have.
-_UNREAD = {
-    "classifier_dropout",
-    "dense_act_fn",
-    "is_gated_act",
-    "n_positions",
-    "scale_decoder_outputs",
-}
+# A head's, and a length that relative positions do not have.
+_UNREAD = {"classifier_dropout", "n_positions"}
+# Read by name, beside the fields.
+_READ = {"dense_act_fn", "is_gated_act", "scale_decoder_outputs"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +64,8 @@ class T5Config:
         **Raises:** `ValueError` that names an option that this model does not have.
         """
         names = {f.name for f in dataclasses.fields(cls)}
-        check_options(config, names | _UNREAD, _ONLY)
+        # Either way round, transformers reads one half of the model otherwise.
+        check_options(config, names | _UNREAD | _READ, {**_ONLY, "is_causal": None})
         values: dict[str, Any] = {k: v for k, v in config.items() if k in names}
         # transformers 5 writes that the words are tied always, and here that they are not.
         values["tie_word_embeddings"] = bool(
@@ -76,7 +73,14 @@ class T5Config:
         )
         if values.get("decoder_start_token_id") is None:
             values["decoder_start_token_id"] = values.get("pad_token_id", 0)
-        return cls(**values)
+        out = cls(**values)
+        for name, value in (("dense_act_fn", out.activation), ("is_gated_act", out.gated)):
+            if config.get(name, value) not in (value, None):
+                raise ValueError(
+                    f"{name}={config[name]!r} contradicts feed_forward_proj="
+                    f"'{out.feed_forward_proj}', by which it is {value!r}"
+                )
+        return out
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a `config.json`."""

@@ -18,15 +18,18 @@ pytestmark = pytest.mark.interop
 KEY = jax.random.key(0)
 IDS = jnp.asarray(np.random.default_rng(0).integers(3, 60, (2, 9)), jnp.int32)
 N = 3
+LIKE_LLAMA = ("llama", "gemma2", "gemma3_text")
 KIND = {"gpt2": "gpt2", "llama": "llama-llama3", "t5": "t5"}
+KIND |= {"gemma2": "gemma2", "gemma3_text": "gemma3"}
 TARGETS = {
     "gpt2": (["c_attn", "mlp.c_proj"], r"(c_attn|mlp/c_proj)/kernel$"),
-    "llama": (["q_proj", "v_proj", "down_proj"], r"(q|v|down)_proj/kernel$"),
     "t5": (["q", "v", "wo"], r"/(q|v|wo)/kernel$"),
+    **dict.fromkeys(LIKE_LLAMA, (["q_proj", "v_proj", "down_proj"], r"(q|v|down)_proj/kernel$")),
 }
-LAST = {"gpt2": ["mlp.c_proj"], "llama": ["down_proj"], "t5": ["wo"]}
-WORDS = {"gpt2": r"wte/embedding$", "llama": r"embed_tokens/embedding$", "t5": r"shared/"}
-TASK = {"gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
+LAST = {"gpt2": ["mlp.c_proj"], "t5": ["wo"], "llama": ["down_proj"]}
+WORDS = {"gpt2": r"wte/embedding$", "t5": r"shared/"}
+WORDS |= dict.fromkeys(LIKE_LLAMA, r"embed_tokens/embedding$")
+TASK = {"t5": "SEQ_2_SEQ_LM", **dict.fromkeys(("gpt2", *LIKE_LLAMA), "CAUSAL_LM")}
 
 
 def config_of(name, kind):
@@ -108,6 +111,7 @@ CASES = [
     # PEFT's prefixes of T5 are the decoder's, in self-attention and cross-attention at once.
     if (name, kind) != ("prefix", "t5")
 ]
+CASES += [("prompt", "gemma2"), ("prompt", "gemma3_text")]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -139,7 +143,8 @@ def test_made_by_peft(name, kind, root, tmp_path):
     again = save_adapter(tmp_path / "again", transform, state, params, family, **options)
     assert again == kinds.get(name, f"{name.upper()}_TUNING")
     _, back = load_adapter(tmp_path / "again", params, family, uses=uses, config=model.config)
-    exact = name != "prefix"  # keys are turned and turned back, in fp32
+    # Keys are turned and turned back, Gemma's rows divided and multiplied, in fp32.
+    exact = name != "prefix" and not kind.startswith("gemma")
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=0 if exact else 1e-6), back, state
     )
@@ -158,6 +163,17 @@ def test_made_here(name, kind, root, tmp_path):
     read = peft.PeftModel.from_pretrained(fresh(kind, root), tmp_path).eval()
     got = our_logits(model, apply, params, transform, transform.rewrite(params, state))
     np.testing.assert_allclose(got, their_logits(read), atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_of_gemma_need_its_configuration(root, tmp_path):
+    model, _, params, uses = loaded("gemma2", root)
+    transform = ours_of("prompt", "gemma2")
+    state = transform.init(KEY, params, uses=uses)
+    options = {"uses": uses, "task_type": "CAUSAL_LM"}
+    assert save_adapter(tmp_path / "own", transform, state, params, LLAMA, **options) == "JPEFT"
+    save_adapter(tmp_path, transform, state, params, LLAMA, config=model.config, **options)
+    with pytest.raises(CheckpointError, match="pass config=model.config"):
+        load_adapter(tmp_path, params, LLAMA, uses=uses)
 
 
 def test_prefixes_that_cannot_be_turned_back_are_refused(root, tmp_path):

@@ -69,6 +69,14 @@ def test_logits_equal_transformers(kind, labels, tmp_path):
     np.testing.assert_allclose(ours(ids, mask, types), want.numpy(), atol=1e-4)
 
 
+@pytest.mark.interop
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_file_leaves_out_is_what_transformers_takes(kind):
+    transformers = pytest.importorskip("transformers")
+    want = transformers.AutoConfig.for_model(kind).to_dict()
+    assert BertConfig.from_hf({"model_type": kind}) == BertConfig.from_hf(want)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 8])
 def test_attention_in_pieces_equals_attention_at_once(rows):
     keys = jax.random.split(jax.random.key(0), 4)

@@ -20,7 +20,7 @@ PROMPTS = [[5, 9, 11, 3, 8], [7, 2], [30, 31, 32]]
 STOP, PAD = 13, 63
 
 
-def theirs(kind):
+def theirs(kind, **options):
     """A random model of transformers, loud enough that its choices are no ties."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -32,7 +32,7 @@ def theirs(kind):
     else:
         config = transformers.LlamaConfig(
             hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, **small,
+            num_key_value_heads=2, **{"max_position_embeddings": 64, **small, **options},
         )  # fmt: skip
         model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
@@ -113,6 +113,21 @@ def test_a_stream_is_the_same_tokens(pair):
     whole = our_tokens(ours, apply, params, **options).tokens
     pieces = np.stack(list(our_tokens(ours, apply, params, jpeft.stream, **options)), axis=1)
     np.testing.assert_array_equal(whole[:, : pieces.shape[1]], pieces)
+
+
+@pytest.mark.interop
+def test_rows_that_have_ended_count_where_frequencies_depend_on_the_length(tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}
+    model = theirs("llama", max_position_embeddings=8, rope_parameters=rope)
+    model.save_pretrained(tmp_path)
+    ours, _ = load_model(tmp_path)
+    stop = tuple(range(40, 50))
+    want = their_tokens(model, max_new_tokens=12, do_sample=False, eos_token_id=list(stop))
+    options = {"new_tokens": 12, "stop": stop}
+    got = our_tokens(ours, *jpeft.functional(ours), **options)
+    same(got.tokens, want)
+    pieces = list(our_tokens(ours, *jpeft.functional(ours), jpeft.stream, **options))
+    same(np.stack(pieces, axis=1), want)
 
 
 @pytest.mark.interop

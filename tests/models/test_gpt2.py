@@ -214,6 +214,7 @@ def test_config_round_trip():
         ("scale_attn_by_inverse_layer_idx", True),
         ("reorder_and_upcast_attn", True),
         ("add_cross_attention", True),
+        ("is_causal", False),
         ("tie_word_embeddings", False),
         ("model_type", "gpt_neo"),
         ("activation_function", "unheard"),

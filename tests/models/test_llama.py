@@ -77,6 +77,7 @@ CASES = {
         "Gemma3Text",
         {
             **GEMMA,
+            "attn_logit_softcapping": 1.0,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
@@ -390,6 +391,7 @@ def test_older_files_options():
         ({"model_type": "gemma2", "layer_types": ["chunked_attention"] * 26}, "chunked_attention"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"is_causal": False}, "is_causal=False"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "unheard"}}, "rope_type 'unheard'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "needs factor"),

@@ -255,6 +255,9 @@ def test_what_a_config_says_in_other_words():
         ("is_decoder", True),
         ("feed_forward_proj", "gated-unheard"),
         ("relative_attention_num_buckets", 7),
+        ("dense_act_fn", "gelu_new"),
+        ("is_gated_act", True),
+        ("is_causal", False),
     ],
 )
 def test_configs_that_are_refused(option, value):
