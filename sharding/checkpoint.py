@@ -8,9 +8,12 @@ gives it, and a bit that has changed would go on as another number.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import pathlib
+import threading
+import weakref
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,18 +24,19 @@ import orbax.checkpoint as ocp
 
 from sharding.checkpoint_bits import bit_sums, is_key, named, plain
 from sharding.checkpoint_bits import fingerprint as fingerprint
-from sharding.cluster import largest
+from sharding.checkpoint_errors import CheckpointError as CheckpointError
+from sharding.checkpoint_errors import first_line, is_damage
+from sharding.cluster import barrier, is_main, largest
 
 logger = logging.getLogger("sharding")
 FORMAT = 2
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or that is of something else."""
-
-
 class Checkpoints:
     """The checkpoints in a folder, the newest few.
+
+    Use it in a `with` block, or call `close` at the end: both wait for what is being written, and
+    raise what went wrong. A program that ends without either waits too, and logs it.
 
     **Arguments:** `folder`, one that every process sees; `keep`, how many; `asynchronous`, write in
     the background, while training goes on; `base`, the `fingerprint` of the frozen parameters: they
@@ -56,7 +60,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self._damaged: set[int] = set()
+        self._passed: set[int] = set()
+        # `atexit` is too late: from the end of the main thread Orbax's threads get no more work.
+        threading._register_atexit(_finish, weakref.ref(self._manager))  # type: ignore[attr-defined]
 
     def __enter__(self) -> Self:
         return self
@@ -64,6 +70,13 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait until what was saved is on the disk, and end what writes it; once more is no harm.
+
+        **Raises:** what kept it from being written.
+        """
         self._manager.close()
 
     def latest(self) -> int | None:
@@ -75,7 +88,9 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def save(self, step: int, state: Any, about: Any = None) -> None:
-        """Save a state; one of that step that is there already stays, unless it was damaged.
+        """Save a state; one of that step that is there already stays.
+
+        What `restore` passed over as damaged is set aside first: `3` becomes `3.damaged`.
 
         **Arguments:** `state`, a tree of arrays, PRNG keys among them; `about`, what JSON can hold:
         where the data stand, for one.
@@ -95,11 +110,7 @@ class Checkpoints:
             json.dumps(note)
         except (TypeError, ValueError) as e:
             raise TypeError(f"`about` of step {step} must be what JSON can hold: {e}") from e
-        # What was passed over when this run went on would stand in its way, and be passed over.
-        for number in sorted(self._damaged):
-            logger.warning("%s is removed: the run went on without it", self.folder / str(number))
-            self._manager.delete(number)
-        self._damaged.clear()
+        self._set_aside()
         if step in self._manager.all_steps():
             return
         newest = self.latest()
@@ -121,17 +132,19 @@ class Checkpoints:
         """A state like `like`, where its shardings say, and `about`.
 
         Without a step it is the newest one that can be read, by every process: a damaged one is
-        passed over, with a warning.
+        passed over, with a warning. Nothing is removed.
 
         **Arguments:** `like`, a tree of arrays or of `jax.ShapeDtypeStruct`s with shardings: other
         devices, and another number of processes, than those that saved.
 
-        **Raises:** `CheckpointError` where there is none, where none can be read, and for one of
-        another tree or another base.
+        **Raises:** `CheckpointError` where there is none, where none can be read, for one of
+        another tree or another base, and for shardings that do not divide its arrays; what the
+        machine raised where that is no damage: no memory, no right to read, a disk that fails.
         """
+        _check_places(like)
         self.wait()
         known = {s for s in self._manager.all_steps() if step in (None, s)}
-        damage = ""
+        damage, passed = "", set[int]()
         while (number := largest(max(known, default=-1))) >= 0:
             if largest(int(number not in known)):
                 raise CheckpointError(
@@ -143,8 +156,9 @@ class Checkpoints:
                 logger.warning("%s; the one before it is taken", damage)
             found, damage = self._try(number, like)
             if not damage:
+                self._passed = (self._passed | passed) - {number}
                 return found
-            self._damaged.add(number)
+            passed.add(number)
         if not damage:
             told = "" if step is None else f" of step {step}"
             damage = f"{self.folder} holds no checkpoint{told}"
@@ -152,22 +166,43 @@ class Checkpoints:
 
     def _try(self, step: int, like: Any) -> tuple[Any, str]:
         """The state and `about` of a step, or what is wrong with it, of which processes agree."""
-        state, note, damage = None, {}, ""
+        state, note, failure = None, {}, None
         try:
             state, note = self._read(step, like)
-        except CheckpointError:
-            raise
         except Exception as e:  # Orbax and TensorStore have no error of their own for damage
-            damage = _first_line(e)
+            failure = e
+        where = self.folder / str(step)
         # Each reads its own shards: where one cannot, the others must not go on without it.
-        if not largest(int(bool(damage))):
+        severity = 0 if failure is None else 1 if is_damage(failure) else 2
+        worst = largest(severity)
+        if worst == 2:
+            if failure is not None and severity == 2:
+                raise failure
+            raise CheckpointError(f"{where} was not read: another process tells why") from failure
+        if worst == 0:
             sums = bit_sums(named(state))
             wrong = [n for n, number in note["sums"].items() if sums[n] != number]
             if not largest(int(bool(wrong))):
                 return (state, note["about"]), ""
             damage = f"not what was saved: {', '.join(wrong[:5])}" if wrong else ""
+        else:
+            damage = "" if failure is None else first_line(failure)
         damage = damage or "another process cannot read it"
-        return None, f"{self.folder / str(step)} cannot be read: {damage}"
+        return None, f"{where} cannot be read: {damage}"
+
+    def _set_aside(self) -> None:
+        """Rename what was passed over when this run went on: it would stand in the run's way."""
+        if not self._passed:
+            return
+        for number in sorted(self._passed) if is_main() else ():
+            old = self.folder / str(number)
+            names = (f"{number}.damaged{n or ''}" for n in itertools.count())
+            new = next(p for n in names if not (p := self.folder / n).exists())
+            logger.warning("%s is set aside as %s: the run went on without it", old, new.name)
+            old.rename(new)
+        barrier("damaged checkpoints are set aside")
+        self._manager.reload()
+        self._passed.clear()
 
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """What this process is to have of a step. Nothing here waits for the other processes.
@@ -212,6 +247,26 @@ class Checkpoints:
             raise CheckpointError(f"{where} holds another state:\n  {shown}{more}")
 
 
+def _finish(manager: weakref.ref[ocp.CheckpointManager]) -> None:
+    """At the end of a program: an error here would keep others from ending what they do."""
+    found = manager()
+    if found is None:
+        return
+    try:
+        found.wait_until_finished()
+    except Exception:
+        logger.exception("%s: the last checkpoint was not written", found.directory)
+
+
+def _check_places(like: Any) -> None:
+    for name, x in named(like).items():
+        where = _place(x)
+        try:
+            _ = None if where is None else where.shard_shape(x.shape)
+        except ValueError as e:
+            raise CheckpointError(f"{name} cannot stand where it is to: {first_line(e)}") from e
+
+
 def _digest(note: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(note).encode()).hexdigest()[:16]
 
@@ -245,7 +300,3 @@ def _place(x: Any) -> Any:
     """Where an array has to stand; None where JAX may put it anywhere."""
     anywhere = isinstance(x, jax.Array) and not x.committed
     return None if anywhere else getattr(x, "sharding", None)
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:300]

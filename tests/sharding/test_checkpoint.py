@@ -1,11 +1,15 @@
 """Checkpoints: there and back to the bit, onto other shardings, and what is refused."""
 
+import errno
 import logging
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -172,7 +176,7 @@ def test_a_run_that_went_on_without_a_damaged_one_replaces_it(tmp_path, state, c
     with Checkpoints(tmp_path) as saved:
         assert saved.restore(state)[1] == "first 2"
         saved.save(3, state, "again 3")
-        assert "4 is removed" in caplog.text
+        assert "4 is set aside as 4.damaged" in caplog.text
         saved.save(4, state, "again 4")
         saved.wait()
         assert saved.restore(state)[1] == "again 4"
@@ -199,6 +203,110 @@ def test_a_damaged_one_is_passed_over(tmp_path, state, caplog):
     truncate(tmp_path / "1")
     with Checkpoints(tmp_path) as saved, pytest.raises(CheckpointError, match="cannot be read"):
         saved.restore(state)
+
+
+def folders(path):
+    return sorted(p.name for p in path.iterdir())
+
+
+def test_a_sharding_that_cannot_be_leaves_every_checkpoint(tmp_path, state):
+    five = NamedSharding(make_mesh("fsdp=5", jax.devices()[:5]), P("fsdp"))
+    wrong = {**state, "w": jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=five)}
+    with Checkpoints(tmp_path, keep=4) as saved:
+        for i in (1, 2, 3):
+            saved.save(i, state)
+        with pytest.raises(CheckpointError, match="w cannot stand where it is to: .*divide"):
+            saved.restore(wrong)
+        saved.save(4, state)
+    assert folders(tmp_path) == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        MemoryError(),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes."),
+        ValueError("PERMISSION_DENIED: Error reading 'w' [os_error_code='13']"),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_what_the_machine_refuses_is_raised_and_is_no_damage(tmp_path, state, monkeypatch, error):
+    def restore(*_, **__):
+        raise error
+
+    with Checkpoints(tmp_path) as saved:
+        for i in (1, 2):
+            saved.save(i, state, i)
+        with monkeypatch.context() as patched:
+            patched.setattr(ocp.StandardCheckpointHandler, "restore", restore)
+            with pytest.raises(type(error)) as raised:
+                saved.restore(state)
+        assert raised.value is error
+        assert saved.restore(state)[1] == 2
+        saved.save(3, state)
+    assert folders(tmp_path) == ["1", "2", "3"]
+
+
+@dropped
+def test_a_file_that_the_system_does_not_open_is_no_damage(tmp_path, state):
+    with Checkpoints(tmp_path) as saved:
+        saved.save(1, {"x": jnp.asarray(np.random.default_rng(0).normal(size=(128, 128)))})
+        saved.wait()
+        for path in (tmp_path / "1" / "arrays").rglob("*"):
+            if path.is_file() and path.stat().st_size > 2**15:
+                path.unlink()
+                path.symlink_to(path)  # too many links: for root too an error of the system
+        with pytest.raises(Exception, match="reading") as raised:
+            saved.restore({"x": jnp.zeros((128, 128))})
+        assert not isinstance(raised.value, CheckpointError)
+
+
+@dropped
+def test_where_none_could_be_read_nothing_is_touched(tmp_path, state):
+    with Checkpoints(tmp_path) as saved:
+        for i in (1, 2):
+            saved.save(i, state)
+        saved.wait()
+        for i in (1, 2):
+            truncate(tmp_path / str(i))
+        with pytest.raises(CheckpointError, match="1 cannot be read"):
+            saved.restore(state)
+        saved.save(3, state)
+    assert folders(tmp_path) == ["1", "2", "3"]
+
+
+@dropped
+def test_each_damaged_one_has_a_folder_of_its_own(tmp_path, state):
+    for damaged in ("2.damaged", "2.damaged1"):
+        with Checkpoints(tmp_path) as saved:
+            for i in (1, 2):
+                saved.save(i, state)
+        truncate(tmp_path / "2")
+        with Checkpoints(tmp_path) as saved:
+            saved.restore(state)
+            saved.save(2, state)
+        assert (tmp_path / damaged).is_dir()
+    assert folders(tmp_path) == ["1", "2", "2.damaged", "2.damaged1"]
+
+
+@pytest.mark.slow
+def test_a_program_that_just_ends_has_written_its_last_checkpoint(tmp_path):
+    program = (
+        "import sys, jax.numpy as jnp, sharding\n"
+        "saved = sharding.Checkpoints(sys.argv[1])\n"
+        "saved.save(1, {'x': jnp.ones((1024, 1024))})\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    assert folders(tmp_path) == ["1"]
+
+
+def test_closed_without_a_block(tmp_path, state):
+    saved = Checkpoints(tmp_path)
+    saved.save(1, state)
+    saved.close()
+    assert folders(tmp_path) == ["1"]
+    saved.close()
 
 
 def test_other_frozen_parameters_are_refused(tmp_path, state):

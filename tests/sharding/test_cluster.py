@@ -226,21 +226,45 @@ def test_sigterm_saves_and_leaves_and_the_job_goes_on(undisturbed, tmp_path):
     assert all(np.array_equal(got[n], final[n]) for n in final.files)
 
 
-def test_a_shard_that_one_process_cannot_read_is_passed_over_by_all(tmp_path):
-    """The other one has read its own, and must not go on from there alone."""
-    options = ("--large", "1", "--every", "1")
-    with Job(tmp_path, 2, steps=3, options=options) as job:
+LARGE = ("--large", "1", "--every", "1")
+
+
+@pytest.fixture
+def three_steps(tmp_path):
+    """A folder with checkpoints of two steps, and the files of the newer one's second process."""
+    with Job(tmp_path, 2, steps=3, options=LARGE) as job:
         job.finish()
     own = tmp_path / "checkpoints" / "3" / "arrays" / "ocdbt.process_1"
     shards = [p for p in own.rglob("*") if p.is_file() and p.stat().st_size > 2**16]
     assert shards
+    return tmp_path, shards
+
+
+def test_a_shard_that_one_process_may_not_read_stops_all_and_is_kept(three_steps):
+    folder, shards = three_steps
+    for path in shards:
+        path.unlink()
+        path.symlink_to(path)  # too many links: for root too an error of the system
+    with Job(folder, 2, steps=4, options=LARGE) as job:
+        for process in job.processes:
+            process.join(60)
+        assert all(process.exitcode for process in job.processes), job.logs()
+    assert "another process tells why" in (folder / "log0.txt").read_text()
+    assert "os_error_code" in (folder / "log1.txt").read_text()
+    assert {"2", "3"} <= {p.name for p in (folder / "checkpoints").iterdir()}
+
+
+def test_a_shard_that_one_process_cannot_read_is_passed_over_by_all(three_steps):
+    """The other one has read its own, and must not go on from there alone."""
+    tmp_path, shards = three_steps
     for path in shards:
         path.write_bytes(path.read_bytes()[:1000])
     before = losses(tmp_path)
     (tmp_path / "losses.jsonl").unlink()
-    with Job(tmp_path, 2, steps=4, options=options) as job:
+    with Job(tmp_path, 2, steps=4, options=LARGE) as job:
         job.finish()
     assert list(losses(tmp_path)) == [3, 4]
+    assert (tmp_path / "checkpoints" / "3.damaged").is_dir()
     assert losses(tmp_path)[3] == before[3]
     assert "3 cannot be read: another process cannot" in (tmp_path / "log0.txt").read_text()
     assert "3 cannot be read: Encountered error" in (tmp_path / "log1.txt").read_text()
