@@ -199,7 +199,7 @@ class Step:
 
             def mean(trainable: Any) -> Any:
                 total, count = self._total(trainable, frozen, batch, key)
-                return total / jnp.maximum(count, 1)
+                return total / _divisor(count)
 
             return jax.value_and_grad(mean)(trainable)
         parts = jax.tree.map(self._parts, batch)
@@ -217,7 +217,7 @@ class Step:
         zeros = self._summed(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable))
         start = (jnp.float32(0), jnp.float32(0), zeros)
         (value, count, grads), _ = jax.lax.scan(add, start, (parts, keys))
-        count = jnp.maximum(count, 1)
+        count = _divisor(count)
         return value / count, jax.tree.map(lambda g: g / count, grads)
 
     def _summed(self, grads: Any) -> Any:
@@ -260,6 +260,11 @@ class Step:
         rows = self.zero.batch(jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
         spec = jax.sharding.PartitionSpec(None, *rows.spec)
         return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(self.zero.mesh, spec))
+
+
+def _divisor(count: Any) -> Any:
+    """What a sum over so many is divided by: a sum over none is 0, whatever divides it."""
+    return jnp.where(count > 0, count, 1)
 
 
 def _is_split(placed: Placed) -> bool:

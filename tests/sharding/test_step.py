@@ -122,6 +122,18 @@ def test_parts_of_a_batch_weigh_by_their_tokens():
     np.testing.assert_allclose(split, whole, atol=1e-6)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_weights_may_sum_to_less_than_one(accumulate):
+    def loss(w, frozen, batch, key):
+        return jnp.sum(batch * w), jnp.sum(batch)
+
+    step = make_step(loss, optax.sgd(0.0), accumulate=accumulate)
+    for weights, want in (([0.1, 0.3], 3.0), ([0.0, 0.0], 0.0)):
+        _, metrics = step(step.init(jnp.float32(3)), None, jnp.asarray(weights))
+        assert float(metrics["loss"]) == pytest.approx(want)
+        assert float(metrics["grad_norm"]) == pytest.approx(want / 3)
+
+
 def test_masters_are_of_what_was_given_and_not_of_its_rounding():
     start = {"w": jnp.asarray([1 + 2.0**-12, 3.0]), "n": jnp.arange(2)}
     step = make_step(
