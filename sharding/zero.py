@@ -121,8 +121,10 @@ class Zero:
 
         return jax.tree_util.tree_map_with_path(of, state)
 
-    def batch(self, tree: Any) -> Any:
+    def batch(self, tree: Any, accumulate: int = 1) -> Any:
         """The sharding of a batch: rows over `data` and `fsdp`, scalars whole.
+
+        **Arguments:** `accumulate`, in so many parts is it taken.
 
         **Raises:** `ValueError` for rows that do not divide evenly.
         """
@@ -134,10 +136,11 @@ class Zero:
         def of(path: Any, x: Any) -> NamedSharding:
             if not x.shape:
                 return self.replicated
-            if x.shape[0] % parts:
+            if x.shape[0] % (parts * accumulate):
+                taken = f" in {accumulate} parts" if accumulate > 1 else ""
                 raise ValueError(
-                    f"'{path_string(path)}' of the batch has {x.shape[0]} rows, which {parts} "
-                    "devices cannot share evenly: change the batch size, or the mesh"
+                    f"{batch_string(path)} has {x.shape[0]} rows, which {parts} devices cannot "
+                    f"share evenly{taken}: change the batch size, or the mesh"
                 )
             return NamedSharding(self.mesh, PartitionSpec(present))
 
@@ -253,6 +256,12 @@ def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
 def path_string(path: Any) -> str:
     """A path of a tree as patterns read it, `layers/attention/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def batch_string(path: Any) -> str:
+    """An array of a batch as messages have it: `'ids' of the batch`."""
+    name = path_string(path)
+    return f"'{name}' of the batch" if name else "the batch"
 
 
 def _flat(tree: Any) -> dict[str, Any]:
