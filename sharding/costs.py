@@ -23,11 +23,12 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
 def traced_flops(jaxpr: Any) -> float:
-    """The flops of a traced function's products, over all devices; loops are multiplied.
+    """The flops of a traced function's products, over all devices; loops are multiplied, and
+    Pallas kernels by their grids.
 
     A product of `(m, k)` and `(k, n)` is `2 m n k`. Only products and convolutions are counted; of
-    branches the one that costs most; of a `while` whose length nobody knows, one pass. What
-    `jax.checkpoint` computes again is in there.
+    branches the one that costs most; of a `while`, or an axis of a grid, whose length nobody knows,
+    one pass. What `jax.checkpoint` computes again is in there.
 
     **Arguments:** `jaxpr`, of `jax.make_jaxpr` or `jax.jit(f).trace(...)`.
     """
@@ -50,6 +51,9 @@ def _equation(eqn: Any) -> float:
     inner = [traced_flops(j) for value in params.values() for j in _programs(value)]
     if name == "scan":
         return params["length"] * sum(inner)
+    if name == "pallas_call":
+        grid = params["grid_mapping"].grid
+        return math.prod(n for n in grid if isinstance(n, int)) * sum(inner)
     if name == "cond":
         return max(inner, default=0.0)
     if name == "shard_map":

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from sharding.cluster import everywhere
 from sharding.gather import Placed, gathered
 from sharding.offload import HOST, Offloaded, on_host
+from sharding.parts import in_parts
 from sharding.zero import STACKED, Axes, Zero, path_string
 
 # `loss(trainable, frozen, batch, key)`: the mean, or the sum and the number that it is over.
@@ -42,8 +43,9 @@ class Step:
 
     `state` is donated: the one that went in is gone. Frozen parameters are an argument, so that
     they are never constants of the program. `metrics` are fp32 scalars: `loss`, the mean over the
-    batch; `grad_norm`, before clipping; `skipped`, 1 where the gradient was not finite and the
-    state, but for its counters, stayed as it was.
+    batch; `grad_norm`, before clipping; `skipped`, 1 where that norm was not finite and the state,
+    but for its counters, stayed as it was. Numbers of about 1e19 are too large for it: fp32 does
+    not hold their squares.
 
     **Arguments:** as `make_step`'s.
     """
@@ -110,7 +112,7 @@ class Step:
         **Raises:** `ValueError` for a batch whose rows do not divide over devices and parts.
         """
         if self.zero is not None:
-            batch = everywhere(batch, self.zero.batch(batch))
+            batch = everywhere(batch, self.zero.batch(batch, self.accumulate))
         return self._compiled(state)(state, frozen, batch, key)
 
     def lower(self, state: Any, frozen: Any, batch: Any, key: Any = None) -> jax.stages.Lowered:
@@ -167,7 +169,7 @@ class Step:
         if self.zero is not None:
             where = self.zero.reduced(grads, self.axes)
             grads = jax.lax.with_sharding_constraint(grads, where)
-        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        norm = optax.tree.norm(jax.tree.map(_wide, grads)).astype(jnp.float32)
         if self.clip is not None:
             factor = self.clip / jnp.maximum(norm, self.clip)
             grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
@@ -199,10 +201,10 @@ class Step:
 
             def mean(trainable: Any) -> Any:
                 total, count = self._total(trainable, frozen, batch, key)
-                return total / jnp.maximum(count, 1)
+                return total / _divisor(count)
 
             return jax.value_and_grad(mean)(trainable)
-        parts = jax.tree.map(self._parts, batch)
+        parts = in_parts(batch, self.accumulate, self.zero)
         keys = None if key is None else jax.random.split(key, self.accumulate)
 
         def total(trainable: Any, part: Any, key: Any) -> tuple[Any, Any]:
@@ -210,14 +212,14 @@ class Step:
 
         def add(sums: Any, xs: Any) -> tuple[Any, None]:
             (value, count), grads = jax.value_and_grad(total, has_aux=True)(trainable, *xs)
-            grads = self._summed(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+            grads = self._summed(jax.tree.map(_wide, grads))
             new = jax.tree.map(jnp.add, sums, (value, count, grads))
             return new, None
 
-        zeros = self._summed(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable))
+        zeros = self._summed(jax.tree.map(lambda x: _wide(jnp.zeros_like(x)), trainable))
         start = (jnp.float32(0), jnp.float32(0), zeros)
         (value, count, grads), _ = jax.lax.scan(add, start, (parts, keys))
-        count = jnp.maximum(count, 1)
+        count = _divisor(count)
         return value / count, jax.tree.map(lambda g: g / count, grads)
 
     def _summed(self, grads: Any) -> Any:
@@ -245,21 +247,15 @@ class Step:
         split = [p if _is_split(p) else None for p in placed]
         return [*split, *[None] * len(jax.tree.leaves((batch, key)))]
 
-    def _parts(self, x: Any) -> Any:
-        """`(accumulate, rows, ...)`: every part has rows of every device, which stay there."""
-        if not x.ndim:
-            return jnp.broadcast_to(x, (self.accumulate,))
-        if x.shape[0] % self.accumulate:
-            raise ValueError(
-                f"a batch of {x.shape[0]} rows cannot be taken in {self.accumulate} equal parts"
-            )
-        x = x.reshape(x.shape[0] // self.accumulate, self.accumulate, *x.shape[1:])
-        x = jnp.swapaxes(x, 0, 1)
-        if self.zero is None:
-            return x
-        rows = self.zero.batch(jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
-        spec = jax.sharding.PartitionSpec(None, *rows.spec)
-        return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(self.zero.mesh, spec))
+
+def _wide(x: Any) -> Any:
+    """In fp32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _divisor(count: Any) -> Any:
+    """What a sum over so many is divided by: a sum over none is 0, whatever divides it."""
+    return jnp.where(count > 0, count, 1)
 
 
 def _is_split(placed: Placed) -> bool:

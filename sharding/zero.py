@@ -7,7 +7,9 @@ shardings of a step's arguments and results call for.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +29,8 @@ RULES: Mapping[str, str | None] = {
 BATCH = ("data", "fsdp")
 # Paths of parameters whose first axis is the layers'.
 STACKED = r"(^|/)(layers?|blocks?)/(?!\d)"
+# A leaf of so many elements is to be split, whatever its path says, or it is told.
+LARGE = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +51,13 @@ class Zero:
     loop are gathered one by one too, but kept for the backward pass unless each is in
     `jax.checkpoint`.
 
+    Nothing is padded: a leaf of which `fsdp` divides no axis stays whole on every device. Of leaves
+    of 2**20 elements or more a warning names those, where they would be sharded.
+
     **Arguments:** `rules`, from names of axes to axes of the mesh; `smallest`, leaves of fewer
     elements (of one layer) are not worth a collective and stay whole; `stacked`, a pattern of
-    paths whose first axis is the layers', where no names tell.
+    paths whose first axis is the layers', where no names tell. It also matches one block's
+    `block/kernel`: a leaf of 2**20 elements or more is split though its layers would be small.
 
     **Raises:** `ValueError` for a stage that is none, a mesh without `fsdp`, or rules that name an
     axis which the mesh does not have.
@@ -121,8 +129,10 @@ class Zero:
 
         return jax.tree_util.tree_map_with_path(of, state)
 
-    def batch(self, tree: Any) -> Any:
+    def batch(self, tree: Any, accumulate: int = 1) -> Any:
         """The sharding of a batch: rows over `data` and `fsdp`, scalars whole.
+
+        **Arguments:** `accumulate`, in so many parts is it taken.
 
         **Raises:** `ValueError` for rows that do not divide evenly.
         """
@@ -134,10 +144,11 @@ class Zero:
         def of(path: Any, x: Any) -> NamedSharding:
             if not x.shape:
                 return self.replicated
-            if x.shape[0] % parts:
+            if x.shape[0] % (parts * accumulate):
+                taken = f" in {accumulate} parts" if accumulate > 1 else ""
                 raise ValueError(
-                    f"'{path_string(path)}' of the batch has {x.shape[0]} rows, which {parts} "
-                    "devices cannot share evenly: change the batch size, or the mesh"
+                    f"{batch_string(path)} has {x.shape[0]} rows, which {parts} devices cannot "
+                    f"share evenly{taken}: change the batch size, or the mesh"
                 )
             return NamedSharding(self.mesh, PartitionSpec(present))
 
@@ -146,11 +157,26 @@ class Zero:
     # -- how one leaf is split ----------------------------------------------------------------
 
     def _tree(self, tree: Any, axes: Axes | None, sharded: bool) -> Any:
+        whole: list[str] = []
+
         def of(path: Any, x: Any) -> NamedSharding:
             name, shape = path_string(path), tuple(x.shape)
-            return self._sharding(name, shape, self._names(name, shape, axes), sharded)
+            where = self._sharding(name, shape, self._names(name, shape, axes), sharded)
+            split = any("fsdp" in (axis or ()) for axis in where.spec)
+            if not split and math.prod(shape) >= max(LARGE, self.smallest):
+                whole.append(f"'{name}' {shape}")
+            return where
 
-        return jax.tree_util.tree_map_with_path(of, tree)
+        shardings = jax.tree_util.tree_map_with_path(of, tree)
+        parts = self.mesh.shape["fsdp"]
+        if whole and sharded and parts > 1:
+            # From one line, so that Python tells it once for every step, state and gradient.
+            warnings.warn(
+                f"stage {self.stage} leaves whole on every device what fsdp={parts} cannot split "
+                f"evenly: {', '.join(whole)}",
+                stacklevel=1,
+            )
+        return shardings
 
     def _names(
         self, path: str, shape: tuple[int, ...], axes: Axes | None
@@ -206,12 +232,9 @@ class Zero:
         and along another one they sum whole matrices and drop most of them. Without names the
         largest, since the first may be an axis of layers that nobody told of.
         """
-        size = 1
-        for i, n in enumerate(shape):
-            size *= 1 if i in layers else n
-        if size < self.smallest:
-            return None
         parts = self.mesh.shape["fsdp"]
+        large = math.prod(shape) >= max(LARGE, self.smallest)
+        one = math.prod(n for i, n in enumerate(shape) if i not in layers)
 
         def room(i: int) -> int:
             taken = 1
@@ -219,12 +242,17 @@ class Zero:
                 taken *= self.mesh.shape[axis]
             return shape[i] // taken
 
-        free = [i for i in range(len(shape)) if i not in layers and room(i) % parts == 0]
+        divided = [i for i in range(len(shape)) if room(i) % parts == 0]
+        free = [i for i in divided if i not in layers]
+        if one < self.smallest and (names is not None or not large):
+            return None
         if names is not None:
             for i in free:
                 if self.rules.get(names[i] or "") == "fsdp":
                     return i
             return min(free, default=None)
+        if large and not free:
+            free = divided  # only the path says that its first axis is the layers'
         return max(free, key=lambda i: (room(i), -i), default=None)
 
 
@@ -253,6 +281,12 @@ def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
 def path_string(path: Any) -> str:
     """A path of a tree as patterns read it, `layers/attention/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def batch_string(path: Any) -> str:
+    """An array of a batch as messages have it: `'ids' of the batch`."""
+    name = path_string(path)
+    return f"'{name}' of the batch" if name else "the batch"
 
 
 def _flat(tree: Any) -> dict[str, Any]:

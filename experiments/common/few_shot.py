@@ -62,15 +62,17 @@ class FewShot:
         order = np.concatenate(
             [rng.permutation(len(examples)) for _ in range(-(-need // len(examples)))]
         )
-        losses: list[Any] = []
+        told: list[Any] = []
         for i in range(self.steps):
             chosen = [examples[j] for j in order[i * self.rows : (i + 1) * self.rows]]
             own = jax.random.fold_in(key, i)
             state, metrics = t.step(state, t.frozen, self._batch(chosen), own)
-            losses.append(metrics["loss"])
-        wrong = [i for i, loss in enumerate(losses, 1) if not np.isfinite(loss)]
+            told.append(metrics)
+        wrong = [i for i, m in enumerate(told, 1) if m["skipped"] or not np.isfinite(m["loss"])]
         if wrong:
-            raise DivergedError(f"the loss is no number at step {wrong[0]}: try a lower --lr")
+            raise DivergedError(
+                f"the loss or its gradient is no number at step {wrong[0]}: try a lower --lr"
+            )
         return t.rewritten(t.frozen, state.trainable)
 
     def _batch(self, examples: Sequence[tuple[Prompt, int]]) -> dict[str, np.ndarray]:

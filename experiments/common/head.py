@@ -53,11 +53,15 @@ def frozen_head(
         jnp.zeros(outputs),
     )
 
+    def loss(head: Any, x: Any, y: Any) -> Any:
+        total, count = loss_of(x @ head[0] + head[1], y, jnp.ones_like(y))
+        return total / count
+
     @jax.jit
     def fit(head: Any, x: Any, y: Any) -> Any:
         def step(carry: Any, _: Any) -> Any:
             head, moments = carry
-            grads = jax.grad(lambda h: loss_of(x @ h[0] + h[1], y, jnp.ones_like(y)))(head)
+            grads = jax.grad(loss)(head, x, y)
             updates, moments = optimiser.update(grads, moments, head)
             return (optax.apply_updates(head, updates), moments), None
 

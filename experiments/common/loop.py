@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +16,53 @@ import numpy as np
 from experiments.common.pipeline import Batch, Batches
 from experiments.common.training import Trainer
 from sharding import Checkpoints, fingerprint, stop_on_signals
+from sharding.cluster import is_main
+
+# So many steps in a row without a finite gradient, and training stops.
+MOST_SKIPPED = 10
 
 Log = Callable[[dict[str, Any]], None]
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss is no longer a number, or no gradient is."""
 
 
 class InterruptedRunError(Exception):
     """A signal came, whose number is the argument; a checkpoint stands in the folder."""
+
+
+@dataclasses.dataclass
+class Skips:
+    """Steps that changed nothing, since their gradient was not finite: the first one is told.
+
+    **Attributes:** `steps`, of the run; `step`, the last one that was seen; `total`, how many were
+    skipped up to it, and `row` of the last ones in a row.
+    """
+
+    steps: int
+    step: int = 0
+    total: int = 0
+    row: int = 0
+
+    def seen(self, step: int, total: int) -> None:
+        """Of the steps up to `step`, `total` were skipped.
+
+        **Raises:** `DivergedError` for `MOST_SKIPPED` in a row, or for all steps of a shorter run.
+        """
+        new = total - self.total
+        if new and not self.total and is_main():
+            print(
+                f"the gradient is not finite by step {step}: such steps are skipped",
+                file=sys.stderr,
+            )
+        self.row = self.row + new if new == step - self.step else 0
+        self.step, self.total = step, total
+        if self.row >= min(MOST_SKIPPED, self.steps):
+            raise DivergedError(
+                f"no gradient is finite from step {step - self.row + 1} to {step}: "
+                "try a lower --lr, or --precision float32"
+            )
 
 
 @dataclasses.dataclass
@@ -65,10 +103,12 @@ def train(
 
     **Arguments:** `batches`, without checkpoints any that the step can take; `folder`, where
     checkpoints are kept (None: nowhere); `resume`, start from the last one there; `log` is called
-    with every step's `step`, `loss` and `tokens_per_second`.
+    with every step's `step`, `loss`, `skipped` (how many steps were, so far) and
+    `tokens_per_second`.
 
     **Raises:** `InterruptedRunError` after Ctrl-C or SIGTERM, when the running step is done and
-    saved; `DivergedError`; `CheckpointError` for checkpoints of another run.
+    saved; `DivergedError`; `CheckpointError` for checkpoints of another run; `ValueError` for fewer
+    batches than steps.
     """
     if isinstance(batches, Batches):
         batches = batches.of(trainer.share(batches.shapes.batch))
@@ -86,22 +126,32 @@ def train(
             progress = Progress(**about["progress"])
         compiled: set[Any] = set()
         steps = trainer.schedule.steps
-        batch = next(iterator) if progress.step < steps else None
+        skips = Skips(steps, progress.step, int(state.skipped))
+
+        def made(number: int) -> Batch:
+            try:
+                return next(iterator)
+            except StopIteration:
+                raise ValueError(f"{number} batches for {steps} steps: give more") from None
+
+        batch = made(progress.step) if progress.step < steps else None
         while batch is not None:
             at = iterator.get_state() if saved else None
             start = time.perf_counter()
             key = trainer.key(progress.step)
             # While the step is at work the next batch is made.
             more = progress.step + 1 < steps
-            upcoming = beside.submit(next, iterator) if more else None
+            upcoming = beside.submit(made, progress.step + 1) if more else None
             state, metrics = trainer.step(state, trainer.frozen, batch, key)
             following = None if upcoming is None else upcoming.result()
             value = float(metrics["loss"])
             _record(progress, batch, value, time.perf_counter() - start, compiled)
+            skips.seen(progress.step, int(state.skipped))
             log(
                 {
                     "step": progress.step,
                     "loss": value,
+                    "skipped": skips.total,
                     "tokens_per_second": progress.tokens_per_second,
                 }
             )

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common.loop import DivergedError, InterruptedRunError
+from experiments.common.loop import DivergedError, InterruptedRunError, Skips
 from experiments.common.pretrain_steps import Pretrainer
 from experiments.common.scale import on_host
 from jpeft.precision import cast
@@ -106,6 +106,7 @@ def pretrain(
             log({"step": progress.step, "validation": loss})
 
         marked()
+        skips = Skips(total, progress.step, int(state.skipped))
         written = progress.step
         for count in calls(total, call, marks, progress.step):
             begun = time.perf_counter()
@@ -118,6 +119,7 @@ def pretrain(
                     f"the loss is not a number after step {progress.step}: try a lower --lr, or "
                     "--precision float32"
                 )
+            skips.seen(progress.step, int(state.skipped))
             progress.loss = float(found.mean())
             if count in known:  # the first call of each length compiles, and is no measure
                 progress.seconds += seconds
@@ -127,6 +129,7 @@ def pretrain(
                 {
                     "step": progress.step,
                     "loss": progress.loss,
+                    "skipped": skips.total,
                     "tokens_per_second": speed(progress, tokens),
                 }
             )

@@ -73,13 +73,15 @@ class Schedule:
 
 def loss_of(
     outputs: Float[Array, "b c"], labels: Float[Array, " b"], valid: Float[Array, " b"]
-) -> Float[Array, ""]:
-    """Cross-entropy, or for one output the squared error, over the valid rows."""
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Cross-entropy, or for one output the squared error: the sum over the valid rows, and their
+    number.
+    """
     if outputs.shape[-1] == 1:
         each = (outputs[:, 0] - labels) ** 2
     else:
         each = optax.softmax_cross_entropy_with_integer_labels(outputs, labels.astype(jnp.int32))
-    return jnp.sum(each * valid) / jnp.maximum(jnp.sum(valid), 1)
+    return jnp.sum(each * valid), jnp.sum(valid)
 
 
 def compiler_options(barriers: bool = False) -> dict[str, Any] | None:
@@ -241,7 +243,9 @@ class Trainer:
         return jpeft.uses(self.apply, self.params, *[jnp.zeros((1, 8), jnp.int32)] * 3)
 
     def loss(self, rewritten: Any, batch: Any, key: Any) -> Any:
-        """The loss of a batch; `key` is None where the model's dropout is off."""
+        """The sum of a batch's losses, and how many it is over, so that parts of a batch weigh by
+        their valid rows; `key` is None where the model's dropout is off.
+        """
         return loss_of(self.forward(rewritten, batch, key), batch["labels"], batch["valid"])
 
     def key(self, step: int) -> PRNGKeyArray:

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments import lora_glue
+from experiments.common.pipeline import collate
 from experiments.common.runtime import threads_environment
 from experiments.finetune import Config as FinetuneConfig
 from experiments.finetune import main as finetune
@@ -75,6 +77,22 @@ def tuned():
 def test_a_mesh_changes_no_loss(config, alone, stage, mesh, accumulate):
     split = dataclasses.replace(config, mesh=mesh, stage=stage, accumulate=accumulate)
     np.testing.assert_allclose(losses(split), alone["losses"], atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_parts_of_a_short_batch_weigh_by_their_rows(config, rows):
+    directory = pathlib.Path(config.model)
+    prepared = lora_glue.prepare(config, directory)
+    batch = collate(prepared.train[:rows], prepared.train_shapes, prepared.pad)
+
+    def taken(accumulate):
+        split = dataclasses.replace(config, accumulate=accumulate)
+        model = lora_glue.build(split, directory, 2, 0)
+        trainer = lora_glue.trainer_of(split, model, prepared, 0, 5)
+        _, metrics = trainer.step(trainer.init(), trainer.frozen, batch, trainer.key(0))
+        return float(metrics["loss"]), float(metrics["grad_norm"])
+
+    assert taken(8) == pytest.approx(taken(1), rel=1e-5)
 
 
 @pytest.mark.xdist_group("full")

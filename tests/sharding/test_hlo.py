@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -222,6 +223,23 @@ def test_traced_products_convolutions_and_branches():
     assert traced_flops(jax.make_jaxpr(branch)(True, jnp.zeros((4, 4)))) == 2 * 2 * 64
     vmapped = jax.vmap(jax.jit(lambda x: x @ x))
     assert traced_flops(jax.make_jaxpr(vmapped)(jnp.zeros((7, 4, 4)))) == 7 * 2 * 64
+
+
+def test_a_kernel_counts_as_often_as_its_grid_has_blocks():
+    def kernel(a, b, out):
+        out[...] = a[...] @ b[...]
+
+    def product(a, b):
+        left = pl.BlockSpec((16, 8), lambda i, j: (i, 0))
+        right = pl.BlockSpec((8, 16), lambda i, j: (0, j))
+        out = pl.BlockSpec((16, 16), lambda i, j: (i, j))
+        shape = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+        call = pl.pallas_call(kernel, shape, grid=(4, 2), in_specs=[left, right], out_specs=out)
+        return call(a, b)
+
+    a, b = jnp.zeros((3, 64, 8)), jnp.zeros((3, 8, 32))
+    assert traced_flops(jax.make_jaxpr(product)(a[0], b[0])) == 2 * 64 * 8 * 32
+    assert traced_flops(jax.make_jaxpr(jax.vmap(product))(a, b)) == 3 * 2 * 64 * 8 * 32
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,18 @@ def test_parts_of_a_batch_weigh_by_their_tokens():
     np.testing.assert_allclose(split, whole, atol=1e-6)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_weights_may_sum_to_less_than_one(accumulate):
+    def loss(w, frozen, batch, key):
+        return jnp.sum(batch * w), jnp.sum(batch)
+
+    step = make_step(loss, optax.sgd(0.0), accumulate=accumulate)
+    for weights, want in (([0.1, 0.3], 3.0), ([0.0, 0.0], 0.0)):
+        _, metrics = step(step.init(jnp.float32(3)), None, jnp.asarray(weights))
+        assert float(metrics["loss"]) == pytest.approx(want)
+        assert float(metrics["grad_norm"]) == pytest.approx(want / 3)
+
+
 def test_masters_are_of_what_was_given_and_not_of_its_rounding():
     start = {"w": jnp.asarray([1 + 2.0**-12, 3.0]), "n": jnp.arange(2)}
     step = make_step(
@@ -153,6 +165,18 @@ def test_clipping_bounds_the_update():
     assert float(jnp.linalg.norm(state.trainable - 1)) == pytest.approx(0.001, rel=1e-4)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_complex_gradients_are_summed_and_measured_whole(accumulate):
+    def loss(w, frozen, batch, key):
+        return jnp.mean(jnp.real(batch * w))
+
+    step = make_step(loss, optax.sgd(1.0), accumulate=accumulate)
+    state = step.init(jnp.zeros((), jnp.complex64))
+    state, metrics = step(state, None, jnp.asarray([3 + 4j, 3 + 4j], jnp.complex64))
+    assert complex(state.trainable) == -3 - 4j
+    assert float(metrics["grad_norm"]) == pytest.approx(5)
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_counted():
     step, state, batch = simple()
     state, metrics = step(state, jnp.float32(jnp.nan), batch)
@@ -179,8 +203,12 @@ def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="clip"):
         simple(clip=0.0)
     step, state, batch = simple(accumulate=2)
-    with pytest.raises(ValueError, match="3 rows cannot be taken in 2"):
+    with pytest.raises(ValueError, match="'x' of the batch has 3 rows, .* taken in 2 equal parts"):
         step(state, jnp.float32(0), batch)
+    step, state, _ = simple(accumulate=2, zero=Zero(make_mesh()))
+    batch = {"x": jnp.ones((24, 3))}
+    with pytest.raises(ValueError, match="'x' .* 24 rows, .* 8 devices .* evenly in 2 parts"):
+        step.lower(state, jnp.float32(0), batch)
 
 
 def test_what_keep_names_stays_and_a_wrong_name_is_told():

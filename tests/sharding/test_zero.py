@@ -1,6 +1,7 @@
 """Where each stage puts parameters, gradients and optimiser state."""
 
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,37 @@ def test_small_leaves_stay_whole():
     assert specs(zero.parameters(TREE))["layers"]["scale"] == P()
 
 
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("encoder/layer/q", (1024, 1024), P(None, "fsdp")),
+        ("encoder/layer/q", (1024, 4099), P("fsdp")),
+        ("block/out", (1024, 32769), P("fsdp")),
+        ("wte", (50257, 768), P(None, "fsdp")),
+        ("layers/scale", (32, 4096), P()),
+        ("layers/kernel", (4, 1024, 1024), P(None, "fsdp")),
+    ],
+)
+def test_one_large_block_is_split_whatever_it_is_called(path, shape, spec):
+    tree = {path: jax.ShapeDtypeStruct(shape, jnp.float32)}
+    zero = Zero(make_mesh())
+    assert specs(zero.parameters(tree)) == {path: spec}
+    state = jax.eval_shape(optax.adam(1e-3).init, tree)
+    assert specs(zero.optimiser(state, tree)[0].mu) == {path: spec}
+
+
+def test_what_is_large_and_stays_whole_is_told_once():
+    tree = {"wte": jax.ShapeDtypeStruct((50257, 769), jnp.float32), **TREE}
+    for stage, told in ((0, 0), (1, 1), (3, 1)):
+        zero = Zero(make_mesh(), stage)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("default")
+            for of in (zero.parameters, zero.gradients, zero.reduced, zero.reduced):
+                of(tree)
+        assert len(found) == told
+        assert all(str(w.message).endswith("evenly: 'wte' (50257, 769)") for w in found)
+
+
 def test_tensor_parallelism_by_names_at_every_stage():
     mesh = make_mesh("fsdp=4,tensor=2")
     for stage in (0, 3):
@@ -115,7 +147,8 @@ def test_any_leaf_can_be_placed(shape, layers, stage, named):
     table = (lambda _, s: tuple(names[: len(s)])) if named else None
     (sharding,) = jax.tree.leaves(Zero(mesh, stage, smallest=1).parameters(path, table))
     sharding.shard_shape(tuple(shape))  # raises where an axis is not divided evenly
-    if sharding.spec and (layers or not named) and len(shape) > 1:
+    small = math.prod(shape) < 2**20
+    if sharding.spec and (layers if named else small) and len(shape) > 1:
         assert sharding.spec[0] is None
 
 
