@@ -300,6 +300,14 @@ def test_products_in_integers():
     np.testing.assert_allclose(turned, forward(params, x).T, rtol=1e-5)
 
 
+def test_an_empty_batch_has_an_empty_product():
+    params = jpeft.Quantize("w", "int8", outliers=4)({"w": normal(64, 24)})
+    forward = jpeft.lift(lambda p, x: x @ p["w"])
+    assert forward(params, jnp.ones((0, 64))).shape == (0, 24)
+    gradient = jax.grad(lambda x: forward(params, x).sum())(jnp.ones((2, 0, 64)))
+    assert gradient.shape == (2, 0, 64)
+
+
 # -- memory ----------------------------------------------------------------------------------------
 
 
