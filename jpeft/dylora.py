@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,11 +62,20 @@ class DyLoRA(LoRA):
             return lora.place(params, small)
         b = self.draw(jax.random.fold_in(key, 0))
         leaves = flatten(params)
-        new: dict[str, Any] = {}
-        for path, f in trainable.items():
-            leaf = self._leaf(path, leaves[path], self._first(f, b), fold(key, path))
-            new[path] = leaf
-        return replace(params, new)
+        return replace(
+            params,
+            {
+                path: self._leaf(path, leaves[path], self._first(f, b), fold(key, path))
+                if path in leaves
+                else f
+                for path, f in trainable.items()
+            },
+        )
+
+    def unmerge(self, merged: Params, trainable: Trainable) -> Params:
+        """As LoRA's, of the update of rank `rank_used`."""
+        lora, small = self.at(trainable, self.rank_used or self.rank)
+        return lora.unmerge(merged, small)
 
     def draw(self, key: PRNGKeyArray) -> jax.Array:
         """A rank, int32, 1 to `rank`."""

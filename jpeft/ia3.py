@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from jpeft.kernels import at, kernel_axes, leading
+from jpeft.kernels import at, kernel_axes, leading, real
 from jpeft.leaf import register, static
 from jpeft.paths import by_pattern, flatten, match, replace
 from jpeft.rescale import Scaled
@@ -66,6 +66,7 @@ class IA3(Transform):
         trainable: dict[str, Scales] = {}
         for path, side in sides.items():
             leaf = leaves[path]
+            real("IA3", path, leaf)
             axes, _ = kernel_axes("IA3", path, leaf, by_pattern(self.axes, path, ""), uses)
             shape = [leaf.shape[i] for i in (*at(axes, "b"), *at(axes, side))]
             trainable[path] = Scales(jnp.ones(shape, jnp.float32), axes, side)

@@ -7,6 +7,7 @@ import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jpeft.leaf import Site
 from jpeft.paths import TargetError
@@ -51,6 +52,15 @@ def kernel_axes(
         f"uses=jpeft.uses(apply, params, *inputs) to init, or give {method} axes="
         "{pattern: letters}, such as 'ioo'"
     )
+
+
+def real(method: str, path: str, leaf: Any) -> None:
+    """**Raises:** `TargetError` for what a method cannot change by real numbers."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TargetError(
+            f"'{path}' is {leaf.dtype}: {method} changes real numbers alone; leave it out of the "
+            "pattern"
+        )
 
 
 def placed_axes(method: str, path: str, leaf: Any, given: str, uses: Uses | None) -> str:

@@ -217,6 +217,12 @@ def dense(x: Any) -> Any:
     return x
 
 
+def wide(dtype: Any) -> Any:
+    """The type to add up numbers of `dtype` in: fp32, or fp64 for fp64."""
+    is_wider = jnp.dtype(dtype).itemsize > 4
+    return jnp.promote_types(dtype, jnp.float32) if is_wider else jnp.dtype(jnp.float32)
+
+
 def without_rule(call: Call) -> Sequence[Any]:
     """The operands of a call that no leaf has a rule for, all dense.
 

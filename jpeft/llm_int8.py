@@ -52,7 +52,7 @@ def mixed_product(
 
 def _forward(x: Any, codes: Any, scales: Any, outliers: int) -> Any:
     width = x.shape[-1]
-    columns = jnp.abs(x).max(tuple(range(x.ndim - 1)))
+    columns = jnp.abs(x).max(tuple(range(x.ndim - 1)), initial=0)
     largest, which = jax.lax.top_k(columns, outliers)
     whole = largest >= THRESHOLD
     kept = jnp.zeros(width, bool).at[which].set(whole)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from jpeft.kernels import at, fold, kernel_axes, leading
+from jpeft.kernels import at, fold, kernel_axes, leading, real
 from jpeft.leaf import Leaf, dense, register, static
 from jpeft.lowrank import LowRank
 from jpeft.paths import TargetError, by_pattern, flatten, match, replace
@@ -130,21 +130,19 @@ class LoRA(Transform):
     def unmerge(self, merged: Params, trainable: Trainable) -> Params:
         """The base parameters again, from merged ones: the update is subtracted, in fp32.
 
-        **Raises:** `ValueError` for DoRA, whose merging loses the weight's norm.
+        **Raises:** `ValueError` for DoRA, whose merging loses the weight's norm; `TargetError`
+        when `trainable` belongs to other parameters.
         """
         if self.dora:
             raise ValueError("DoRA cannot be unmerged: keep the base parameters")
-        leaves = flatten(merged)
-        base: dict[str, Any] = {}
-        for path, f in trainable.items():
-            leaf = self._leaf(path, leaves[path], f, None) if path in leaves else None
-            if isinstance(leaf, LowRank):
-                base[path] = (leaves[path].astype(f.a.dtype) - leaf.delta()).astype(leaf.dtype)
-        return replace(merged, base)
+        opposite = {path: dataclasses.replace(f, b=-f.b) for path, f in trainable.items()}
+        base = flatten(self.place(merged, opposite))
+        return replace(merged, {path: dense(base[path]) for path in trainable})
 
     # -- building ----------------------------------------------------------------------------
 
     def _factors(self, key: Any, path: str, leaf: Any, uses: Uses | None) -> Factors:
+        real("LoRA", path, leaf)
         axes, table = kernel_axes("LoRA", path, leaf, by_pattern(self.axes, path, ""), uses)
         shape = {
             k: [n for n, kind in zip(leaf.shape, axes, strict=True) if kind == k] for k in "bio"

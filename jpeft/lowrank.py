@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jpeft._axes import reshaped_kinds
 from jpeft._lookup import lookup
-from jpeft.leaf import Call, Leaf, Weight, dense, register, static
+from jpeft.leaf import Call, Leaf, Weight, dense, register, static, wide
 
 
 @register
@@ -73,8 +73,8 @@ class LowRank(Weight):
         return self.scale * jnp.einsum(f"{a},{b}->{letters}", self.a, self.b)
 
     def materialise(self) -> Array:
-        """The dense array, summed in the factors' precision (fp32), in the base's type."""
-        return (dense(self.base).astype(self.a.dtype) + self.delta()).astype(self.dtype)
+        """The dense array, summed in fp32 (in fp64 with such a base), in the base's type."""
+        return (dense(self.base).astype(wide(self.dtype)) + self.delta()).astype(self.dtype)
 
     def specs(self, spec: PartitionSpec) -> Any:
         """This leaf with a `PartitionSpec` for each array, when the base has `spec`."""

@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jpeft.paths import compiled, map_with_paths
+from jpeft.quantized import Quantized
 
 
 class MasterState(NamedTuple):
@@ -34,15 +35,22 @@ class RoundingState(NamedTuple):
 
 
 def cast(tree: Any, dtype: Any, keep: str | Sequence[str] = ()) -> Any:
-    """The tree with its real arrays in `dtype`; integers, keys and paths that match `keep` stay."""
+    """The tree with its real arrays in `dtype`; integers, keys and paths that match `keep` stay.
+
+    A quantised weight is read in `dtype`; its codes and scales stay.
+    """
     patterns = [compiled(p) for p in ([keep] if isinstance(keep, str) else keep)]
 
     def of(path: str, x: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        return x if any(p.search(path) for p in patterns) else x.astype(dtype)
+        if any(p.search(path) for p in patterns):
+            return x
+        if isinstance(x, Quantized):
+            return dataclasses.replace(x, seen=jnp.dtype(dtype))
+        return x.astype(dtype)
 
-    return map_with_paths(of, tree, lambda x: False)
+    return map_with_paths(of, tree, lambda x: isinstance(x, Quantized))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +178,7 @@ def _towards(new: Any, params: Any) -> Any:
 
 
 def _wide(tree: Any) -> Any:
-    return cast(tree, jnp.float32)
+    return _cast_arrays(tree, jnp.float32)
 
 
 def _cast_arrays(tree: Any, dtype: Any) -> Any:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from jpeft._axes import regroup
-from jpeft.leaf import Call, Leaf, Weight, dense, register, static
+from jpeft.leaf import Call, Leaf, Weight, dense, register, static, wide
 
 
 @register
@@ -33,8 +33,8 @@ class Scaled(Weight):
     leading: int = static(0)  # type: ignore[assignment]
 
     def materialise(self) -> Array:
-        """The dense array, multiplied in the gain's precision, in the base's type."""
-        return (dense(self.base).astype(self.gain.dtype) * self.gain).astype(self.dtype)
+        """The dense array, multiplied in fp32 (in fp64 with such a base), in the base's type."""
+        return (dense(self.base).astype(wide(self.dtype)) * self.gain).astype(self.dtype)
 
     def specs(self, spec: PartitionSpec) -> Any:
         """This leaf with a `PartitionSpec` for each array, when the base has `spec`."""

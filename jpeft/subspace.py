@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jpeft.kernels import fold
-from jpeft.leaf import Leaf, dense, register
+from jpeft.leaf import Leaf, dense, register, wide
 from jpeft.paths import TargetError, flatten, match, replace
 from jpeft.transform import Params, Trainable, Transform
 from jpeft.uses import Uses
@@ -119,7 +119,7 @@ class Subspace(Transform):
                 step = (
                     step * scale.reshape(-1, *[1] * (base.ndim - 1)) if scale.ndim else step * scale
                 )
-            moved[path] = (base.astype(jnp.float32) + step).astype(base.dtype)
+            moved[path] = (base.astype(wide(base.dtype)) + step).astype(base.dtype)
         return replace(params, moved)
 
     def clash(self, other: Transform) -> str | None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from jpeft.leaf import Leaf, dense
+from jpeft.leaf import Leaf, dense, wide
 from jpeft.multitask import per_example
 from jpeft.paths import TargetError, flatten, match, replace
 from jpeft.quantized import Quantized
@@ -89,7 +89,7 @@ class Transform(abc.ABC):
 class Train(Transform):
     """Train parameters as they are: full fine-tuning of what the patterns match.
 
-    The trained copies are fp32 whatever the model's type; the model reads them in its own.
+    The trained copies are fp32 (fp64 of what is fp64); the model reads them in its own type.
     `Train(r".*")` is full fine-tuning, `Train(r"^classifier/")` a new head.
 
     **Arguments:** `last`, of parameters that are stacked over layers along their first axis, train
@@ -104,7 +104,7 @@ class Train(Transform):
             raise ValueError(f"last counts layers from the end, at least 1; got {self.last}")
 
     def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
-        """`{path: fp32 array of the parameter's shape}`, or of its last layers', starting there."""
+        """`{path: array of the parameter's shape}`, or of its last layers', starting there."""
         del key, uses
         leaves = flatten(params)
         trainable: dict[str, Any] = {}
@@ -130,7 +130,7 @@ class Train(Transform):
                     )
                 leaf = leaf[-self.last :]
             # A copy even where it is fp32 already: a step that donates it must not eat the model.
-            trainable[path] = jnp.array(leaf, dtype=jnp.float32, copy=True)
+            trainable[path] = jnp.array(leaf, dtype=wide(leaf.dtype), copy=True)
         return trainable
 
     def place(

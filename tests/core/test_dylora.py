@@ -85,6 +85,21 @@ def test_smaller_ranks_from_one_run():
     np.testing.assert_allclose(delta(METHOD, state), of_rank(state, 4), atol=1e-4)
 
 
+@pytest.mark.parametrize("rank_used", [None, 2])
+def test_unmerging_gives_the_base_again(rank_used):
+    method = jpeft.DyLoRA(4, 16.0, "w$", rank_used=rank_used)
+    state = filled(method)
+    merged = jpeft.merge(method.rewrite(PARAMS, state))
+    assert not np.allclose(merged["w"], W)
+    np.testing.assert_allclose(method.unmerge(merged, state)["w"], W, atol=1e-5)
+
+
+@pytest.mark.parametrize("key", [None, KEYS[0]])
+def test_a_state_of_other_parameters_is_refused(key):
+    with pytest.raises(jpeft.TargetError, match="'w', which these parameters do not have"):
+        METHOD.rewrite({"other": W}, filled(), key=key)
+
+
 def test_errors(unchecked):
     with pytest.raises(ValueError, match="no dora"):
         jpeft.DyLoRA(4, dora=True)

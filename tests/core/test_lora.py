@@ -215,6 +215,20 @@ def test_errors(make, message):
         make().init(jax.random.key(0), params)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "complex64"])
+@pytest.mark.parametrize("method", [jpeft.LoRA(2, 4.0, "w$"), jpeft.IA3("w$")])
+def test_what_is_no_real_number_is_refused(method, dtype):
+    with pytest.raises(jpeft.TargetError, match=f"'w' is {dtype}: .* changes real numbers alone"):
+        method.init(jax.random.key(0), {"w": W.astype(dtype)})
+
+
+def test_unmerging_other_parameters_is_refused():
+    method = jpeft.LoRA(2, 4.0, "w$")
+    state = method.init(jax.random.key(0), {"w": W})
+    with pytest.raises(jpeft.TargetError, match="'w', which these parameters do not have"):
+        method.unmerge({"other": W}, state)
+
+
 def test_bad_settings():
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         jpeft.LoRA(0)

@@ -126,6 +126,27 @@ def test_zeros_and_a_single_large_number():
         np.testing.assert_array_equal(dense[:, 0], 0)
 
 
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+@pytest.mark.parametrize("double", [True, False])
+def test_a_cast_keeps_codes_and_scales(form, double):
+    params = {"w": normal(128, 8)}
+    quantised = jpeft.Quantize("w", form, double=double)(params)
+    cast = jpeft.cast({"layer": quantised}, jnp.bfloat16)["layer"]
+    assert cast["w"].dtype == jnp.bfloat16
+    for a, b in zip(jax.tree.leaves(cast), jax.tree.leaves(quantised), strict=True):
+        assert a is b
+    want = quantised["w"].materialise().astype(jnp.bfloat16)
+    np.testing.assert_array_equal(cast["w"].materialise(), want)
+    kept = jpeft.cast(quantised, jnp.bfloat16, keep="w$")
+    assert kept["w"].dtype == jnp.float32
+    lora = jpeft.LoRA(2, 4.0, "w$")
+    rewritten = lora.rewrite(quantised, lora.init(jax.random.key(0), quantised))
+    x = normal(3, 128, key=1)
+    out = jpeft.Policy()(jpeft.lift(lambda p, x: x @ p["w"]))(rewritten, x)
+    np.testing.assert_allclose(out, x @ want.astype(jnp.float32), rtol=0.05, atol=0.1)
+    assert out.dtype == jnp.float32
+
+
 # -- every method on a quantised base ------------------------------------------------------------
 
 
@@ -277,6 +298,14 @@ def test_products_in_integers():
     np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-4)
     turned = jpeft.lift(lambda p, x: jnp.einsum("io,ti->ot", p["w"], x))(params, x)
     np.testing.assert_allclose(turned, forward(params, x).T, rtol=1e-5)
+
+
+def test_an_empty_batch_has_an_empty_product():
+    params = jpeft.Quantize("w", "int8", outliers=4)({"w": normal(64, 24)})
+    forward = jpeft.lift(lambda p, x: x @ p["w"])
+    assert forward(params, jnp.ones((0, 64))).shape == (0, 24)
+    gradient = jax.grad(lambda x: forward(params, x).sum())(jnp.ones((2, 0, 64)))
+    assert gradient.shape == (2, 0, 64)
 
 
 # -- memory ----------------------------------------------------------------------------------------
