@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sharding.checkpoint_bits import bit_sums, is_key, named, plain
+from sharding.checkpoint_bits import bit_sums, is_hosted, is_key, named, plain
 from sharding.checkpoint_bits import fingerprint as fingerprint
 from sharding.checkpoint_errors import CheckpointError as CheckpointError
 from sharding.checkpoint_errors import first_line, is_damage
 from sharding.cluster import barrier, is_main, largest
+from sharding.offload import HOST
 
 logger = logging.getLogger("sharding")
 FORMAT = 2
@@ -293,7 +294,12 @@ def _as(found: Any, like: Any, key: str | None) -> Any:
         found = jax.random.wrap_key_data(jnp.asarray(found), impl=key)
     elif isinstance(like, np.ndarray):
         return found
-    return jnp.asarray(found) if sharding is None else jax.device_put(found, sharding)
+    if sharding is None:
+        return jnp.asarray(found)
+    placed = jax.device_put(found, sharding)
+    # On one device Orbax's arrays have not the type of the memory that they are in.
+    typed = sharding.memory_kind != HOST or is_hosted(placed)
+    return placed if typed else jax.device_put(placed, jax.memory.Space.Host)
 
 
 def _place(x: Any) -> Any:

@@ -25,9 +25,14 @@ def fingerprint(tree: Any) -> str:
 def bit_sums(arrays: dict[str, Any]) -> dict[str, int]:
     """A number of each array's bits, the same on any devices: another one if one element changes.
 
-    Every process must ask for the same arrays.
+    Every process must ask for the same arrays. Those in the host's memory are on the device one
+    after another.
     """
-    sums = {name: _bit_sum(plain(x)) for name, x in arrays.items()}
+
+    def of(x: Any) -> Any:
+        return int(_bit_sum(x)) if is_hosted(x) else _bit_sum(x)
+
+    sums = {name: of(plain(x)) for name, x in arrays.items()}
     return {name: int(x) for name, x in sums.items()}  # after all of them were started
 
 
@@ -37,6 +42,7 @@ def _bit_sum(x: Any) -> Any:
 
     Mixing is one to one: no change of one number is lost, and two that change places are seen.
     """
+    x = jax.device_put(x, jax.memory.Space.Device) if is_hosted(x) else x
     x = _whole_numbers(x)
     place = jnp.uint32(0)
     for axis, size in enumerate(x.shape):
@@ -75,6 +81,11 @@ def named(tree: Any) -> dict[str, Any]:
 def is_key(x: Any) -> bool:
     """Whether these are PRNG keys."""
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def is_hosted(x: Any) -> bool:
+    """Whether programs take an array from the host's memory."""
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def plain(x: Any) -> Any:

@@ -221,6 +221,7 @@ def test_a_sharding_that_cannot_be_leaves_every_checkpoint(tmp_path, state):
     assert folders(tmp_path) == ["1", "2", "3", "4"]
 
 
+@dropped
 @pytest.mark.parametrize(
     "error",
     [

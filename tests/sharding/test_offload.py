@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jpeft
-from sharding import Zero, make_mesh, make_step
+from sharding import Checkpoints, Zero, fingerprint, make_mesh, make_step
 from sharding.aot import compile_for, placed, topology
 from sharding.layerwise import by_layers
 from sharding.offload import HOST, offloaded
@@ -71,6 +71,26 @@ def test_what_is_large_stands_on_the_host(name):
     for x in jax.tree.leaves(state.optimiser):
         assert (x.sharding.memory_kind == HOST) == (x.size >= 64)
     assert any(x.size >= 64 for x in jax.tree.leaves(state.optimiser))
+
+
+@pytest.mark.parametrize("stage", [None, 0, 3])
+def test_a_checkpoint_of_it_goes_on_to_the_bit(tmp_path, stage):
+    zero = None if stage is None else Zero(make_mesh(), stage, smallest=1)
+    batch = jnp.ones((8, WIDTH))
+
+    def step():
+        return make_step(loss, offloaded(ADAM, smallest=64), zero=zero)
+
+    state, _ = step()(step().init(PARAMS), None, batch)
+    assert fingerprint(state) == fingerprint(jax.tree.map(np.asarray, state))
+    with Checkpoints(tmp_path) as saved:
+        saved.save(1, state)
+        got, _ = saved.restore(step().init(PARAMS))
+    kinds = [[jax.typeof(x).memory_space for x in jax.tree.leaves(s)] for s in (state, got)]
+    assert kinds[0] == kinds[1]
+    assert jax.memory.Space.Host in kinds[0]
+    for a, b in zip(*(jax.tree.leaves(step()(s, None, batch)) for s in (state, got)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_layer_by_layer_only_where_layers_are_independent():
