@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jpeft._disk import CheckpointError, open_tensors
+from jpeft._disk import CheckpointError, listed, open_tensors
 
 Type = Literal["float32", "bfloat16", "float16"]
 Format = Literal["nf4", "fp4", "int8"]
@@ -86,7 +86,7 @@ class Quantize:
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Continue a prompt, printing each piece of text as it comes."""
+    """Continue a prompt, or answer it (T5), printing each piece of text as it comes."""
 
     model: pathlib.Path
     """The model's directory, with its tokenizer.json."""
@@ -195,21 +195,27 @@ def _tensor_table(files: list[pathlib.Path]) -> Table:
 def merge(config: Merge, console: Console) -> None:
     """Load, rewrite, merge, write."""
     import jpeft
-    from jpeft.hf import load_adapter
-    from jpeft.hf.models import copy_tokenizer, open_model
+    from jpeft.hf.adapters import whole
+    from jpeft.hf.models import copy_tokenizer
+    from jpeft.hf.opened import adapter_of, open_model
 
     if (config.out / "config.json").exists() and not config.overwrite:
         raise ValueError(f"{config.out} holds a model: pass --overwrite, or another --out")
     opened = open_model(config.model, config.dtype)
     apply, params = jpeft.functional(opened.model)
-    transform, state = load_adapter(
-        config.adapter,
-        params,
-        opened.family,
-        uses=_uses(apply, params),
-        config=opened.model.config,
-    )
-    opened.save(config.out, jpeft.merge(transform.rewrite(params, state)))
+    transform, state = adapter_of(opened, config.adapter, params, _uses(apply, params))
+    lacking = sorted({*opened.new} - whole(transform, state))
+    if lacking:
+        head = "the merged classifier would be drawn at random: neither"
+        raise CheckpointError(listed(f"{head} {config.model} nor {config.adapter} has", lacking))
+    try:
+        merged = jpeft.merge(transform.rewrite(params, state))
+    except jpeft.LeafError as e:
+        raise ValueError(
+            f"{config.adapter} has what has no place in the weights, such as a prompt or a prefix: "
+            "use generate --adapter"
+        ) from e
+    opened.save(config.out, merged)
     copy_tokenizer(config.model, config.out)
     console.print(f"written to {config.out}", highlight=False)
 
@@ -217,24 +223,31 @@ def merge(config: Merge, console: Console) -> None:
 def convert(config: Convert, console: Console) -> None:
     """Read one format, write the other."""
     import jpeft
-    from jpeft.hf import load_adapter, save_adapter
-    from jpeft.hf.models import open_model
+    from jpeft.hf import save_adapter
+    from jpeft.hf.adapters import whole
+    from jpeft.hf.opened import adapter_of, open_model
 
     if config.out.exists() and not config.overwrite:
         raise ValueError(f"{config.out} stands already: pass --overwrite, or another --out")
+    if config.out.exists() and config.out.is_dir() == config.adapter.is_dir():
+        kinds = ("directory", "file") if config.out.is_dir() else ("file", "directory")
+        raise ValueError(
+            f"{config.out} is a {kinds[0]}, and {config.adapter} becomes a {kinds[1]}: pass "
+            "another --out"
+        )
     opened = open_model(config.model)
     apply, params = jpeft.functional(opened.model)
     uses = _uses(apply, params)
     if config.adapter.is_dir():
-        transform, state = load_adapter(
-            config.adapter, params, opened.family, uses=uses, config=opened.model.config
-        )
+        transform, state = adapter_of(opened, config.adapter, params, uses)
         config.out.parent.mkdir(parents=True, exist_ok=True)
         jpeft.save(config.out, state, transform)
     else:
         transform, state = jpeft.restore(config.adapter, params, uses=uses)
         kind = type(opened.model).__name__
         task = "SEQ_CLS" if "Sequence" in kind else "SEQ_2_SEQ_LM" if kind == "T5" else "CAUSAL_LM"
+        if {*opened.new} - whole(transform, state):
+            task = "FEATURE_EXTRACTION"  # of SEQ_CLS PEFT has the head in the file
         about: dict[str, Any] = {"base_model_name": str(config.model), "task_type": task}
         about["config"] = opened.model.config
         save_adapter(config.out, transform, state, params, opened.family, uses=uses, **about)
@@ -248,7 +261,8 @@ def quantize(config: Quantize, console: Console) -> None:
     import jpeft
     from jpeft.hf import save_quantized
     from jpeft.hf.files import read_config
-    from jpeft.hf.models import copy_tokenizer, open_model
+    from jpeft.hf.models import copy_tokenizer
+    from jpeft.hf.opened import label_names, open_model
     from jpeft.paths import flatten
 
     if (config.out / "config.json").exists() and not config.overwrite:
@@ -256,9 +270,10 @@ def quantize(config: Quantize, console: Console) -> None:
     how = jpeft.Quantize(config.targets, config.format, config.block, config.double)
     opened = open_model(config.model, config.dtype, how)
     _, params = jpeft.functional(opened.model)
-    labels: dict[str, str] = read_config(config.model).get("id2label") or {}
-    names = {int(i): n for i, n in labels.items()} or None
-    save_quantized(opened.model, config.out, params, id2label=names)
+    # What the model has not is not there in the new one either.
+    own = {path: x for path, x in flatten(params).items() if path not in opened.new}
+    names = label_names(read_config(config.model))
+    save_quantized(opened.model, config.out, own, id2label=names)
     copy_tokenizer(config.model, config.out)
     if config.error:
         dense = jpeft.functional(open_model(config.model, config.dtype).model).params
@@ -284,6 +299,7 @@ def generate(config: Generate, console: Console) -> None:
     import jpeft
     from jpeft.hf import load_adapter, load_model
     from jpeft.hf.models import read_kind, stop_tokens
+    from jpeft.models.t5 import T5, decoder_steps
 
     del console
     vocabulary = config.model / "tokenizer.json"
@@ -309,18 +325,25 @@ def generate(config: Generate, console: Console) -> None:
         if room:
             first = jpeft.first_virtual_id(transform, model.config.vocab_size)
             batch = jpeft.virtual_tokens(batch, length=room, first=first)
+    ids, mask, extra = batch["input_ids"], batch["attention_mask"], {}
+    if isinstance(model, T5):
+        encoded = jax.jit(jpeft.lift(apply))(tree, ids, mask)
+        extra = {"encoded": encoded, "encoder_mask": mask}
+        ids = jnp.full((1, 1), model.config.decoder_start_token_id, jnp.int32)
+        apply, mask = decoder_steps(apply), jnp.ones_like(ids)
     sampling = jpeft.Sampling(config.temperature, config.top_k, config.top_p)
     pieces = jpeft.stream(
         apply,
         tree,
-        batch["input_ids"],
-        batch["attention_mask"],
-        cache=model.empty_cache(1, batch["input_ids"].shape[1] + config.tokens),
+        ids,
+        mask,
+        cache=model.empty_cache(1, ids.shape[1] + config.tokens),
         new_tokens=config.tokens,
         sampling=sampling,
         stop=stop_tokens(config.model),
         key=jax.random.key(config.seed),
         decode_params=steps,
+        extra=extra,
     )
     new: list[int] = []
     told = ""

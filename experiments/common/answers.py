@@ -12,6 +12,7 @@ import numpy as np
 import jpeft
 from experiments.common.decoders import Loaded
 from experiments.common.language import LanguageTrainer, Render, prompt_ids
+from jpeft.models.t5 import decoder_steps
 
 
 def answer(
@@ -35,7 +36,7 @@ def answer(
     later = transform.decoding().rewrite(params, state)
     ids = [prompt_ids(p, codec, render, loaded.two_sided) for p in prompts]
     order = np.argsort([len(i) for i in ids], kind="stable")
-    step = _steps(trainer.apply) if loaded.two_sided else trainer.apply
+    step = decoder_steps(trainer.apply) if loaded.two_sided else trainer.apply
     options: dict[str, Any] = {"new_tokens": new_tokens, "stop": (codec.end,), "pad": codec.pad}
     if beams > 1:
         options |= {"beams": beams, "length_penalty": length_penalty}
@@ -67,15 +68,3 @@ def answer(
             kept = [int(t) for t in tokens[:n] if t != codec.end]
             found[int(i)] = codec.decode(kept).strip()
     return [found[i] for i in range(len(ids))]
-
-
-def _steps(apply: Any) -> Any:
-    """T5's decoder as `jpeft.generate` calls a model."""
-
-    def step(
-        params: Any, ids: Any, mask: Any, *, cache: Any, last: bool, encoded: Any, encoder_mask: Any
-    ) -> Any:
-        own = {"encoded": encoded, "cache": cache, "last": last}
-        return apply(params, None, encoder_mask, ids, mask, **own)
-
-    return step

@@ -159,6 +159,12 @@ def save_adapter(
     return str(options["peft_type"])
 
 
+def whole(transform: Transform, trainable: Trainable) -> set[str]:
+    """The paths of the parameters that an adapter has whole: a base's own do not count there."""
+    parts = _flat(transform, trainable)
+    return {path for t, s in parts if isinstance(t, Train) and t.last is None for path in s}
+
+
 def _as_peft(
     transform: Transform, trainable: Trainable, names: Names, task_type: str | None
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,6 @@ from jpeft.hf.checkpoints import (
     bert_family,
     classifier_config,
     load_module,
-    load_sequence_classifier,
-    save_sequence_classifier,
 )
 from jpeft.hf.files import CheckpointError, read_config, read_json, write
 from jpeft.hf.names import Family, places
@@ -202,40 +200,6 @@ def save_quantized(
     write(pathlib.Path(directory), config | {"quantization_config": about}, tensors, shard_bytes)
 
 
-class Opened(NamedTuple):
-    """A model of any kind: the module, its names in files, and what writes a directory of it with
-    other parameters.
-    """
-
-    model: Any
-    family: Family
-    save: Callable[[pathlib.Path, Any], None]
-
-
-def open_model(
-    directory: str | pathlib.Path, dtype: Any = jnp.float32, quantize: Quantize | None = None
-) -> Opened:
-    """A language model as `load_model`'s, or a BERT or RoBERTa with a classifier for the labels
-    that its `config.json` names. **Raises:** as `load_model`.
-    """
-    directory = pathlib.Path(directory)
-    raw = read_config(directory)
-    kind = raw.get("model_type")
-    if kind not in ("bert", "roberta"):
-        model, _ = load_model(directory, dtype=dtype, quantize=quantize)
-        return Opened(model, read_kind(directory)[0].family, lambda to, p: save_model(model, to, p))
-    labels: dict[Any, Any] = raw.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
-    names = {int(i): str(n) for i, n in labels.items()}
-    options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "key": jax.random.key(0)}
-    options["quantize"] = quantize
-    classifier, _ = load_sequence_classifier(directory, len(names), **options)
-    return Opened(
-        classifier,
-        bert_family(kind),
-        lambda to, p: save_sequence_classifier(classifier, to, p, names),
-    )
-
-
 def stop_tokens(directory: str | pathlib.Path) -> tuple[int, ...]:
     """The ids that end a text: `eos_token_id` of `generation_config.json`, or of `config.json`."""
     for name in ("generation_config.json", "config.json"):
@@ -247,9 +211,17 @@ def stop_tokens(directory: str | pathlib.Path) -> tuple[int, ...]:
     return ()
 
 
+_TOKENIZER = (
+    *("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens.json", "*.model"),
+    *("chat_template*", "additional_chat_templates/*", "generation_config.json"),
+)
+
+
 def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
-    """A model's tokenizer and generation settings, into another directory."""
-    for pattern in ("tokenizer*", "vocab*", "merges*", "special_tokens*", "generation_config.json"):
+    """A model's tokenizer, chat templates and generation settings, into another directory."""
+    for pattern in _TOKENIZER:
         for path in source.glob(pattern):
-            if path.is_file() and path.resolve() != (target / path.name).resolve():
-                shutil.copyfile(path, target / path.name)
+            to = target / path.relative_to(source)
+            if path.is_file() and path.resolve() != to.resolve():
+                to.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, to)

@@ -18,7 +18,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """The shape of a BERT or RoBERTa, by Hugging Face's names."""
+    """The shape of a BERT or RoBERTa, by Hugging Face's names.
+
+    **Attributes:** `problem_type`, the loss that transformers trains a classifier by: not read
+    here, and kept in files.
+    """
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -34,6 +38,7 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     pad_token_id: int = 0
+    problem_type: str | None = None
     model_type: str = "bert"
 
     def __post_init__(self) -> None:

@@ -235,6 +235,22 @@ class T5(nnx.Module):
         return caches.empty_cache(c.decoder_layers, batch, room, c.num_heads, c.d_kv, dtype)
 
 
+def decoder_steps(apply: Any) -> Any:
+    """The decoder as `jpeft.generate` calls a model, given a T5's `apply`.
+
+    Its `extra` is `encoded`, the encoder's output `(b, s, d)`, and `encoder_mask` `(b, s)`, the
+    attention mask that this was made with.
+    """
+
+    def step(
+        params: Any, ids: Any, mask: Any, *, cache: Any, last: bool, encoded: Any, encoder_mask: Any
+    ) -> Any:
+        own = {"encoded": encoded, "cache": cache, "last": last}
+        return apply(params, None, encoder_mask, ids, mask, **own)
+
+    return step
+
+
 def _readable(attention_mask: Int[Array, "b s"] | None, s: int) -> Any:
     """Which of the encoder's positions are read: `(#b, 1, s)`."""
     if attention_mask is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import jpeft
 from jpeft.cli import main
 from jpeft.hf import load_adapter, load_model, save_adapter, save_model
-from jpeft.hf.models import LLAMA, open_model, stop_tokens
+from jpeft.hf.models import LLAMA, copy_tokenizer, stop_tokens
+from jpeft.hf.opened import open_model
 from jpeft.models.llama import Llama, LlamaConfig
 from jpeft.models.t5 import T5, T5Config
 from tests.tiny import write_model
@@ -32,12 +34,16 @@ def base(tmp_path):
     )  # fmt: skip
     model = Llama(dataclasses.replace(config, initializer_range=0.4), rngs=nnx.Rngs(0))
     save_model(model, tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def write_tokenizer(folder):
     letters = {c: i for i, c in enumerate("?abcdefghijklmnopqrstuvwxyz .,!ABCDEFGHI")}
     tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
-    return tmp_path / "base"
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture
@@ -77,6 +83,32 @@ def test_merge(base, adapter, tmp_path):
     assert main([*arguments, "--overwrite"]) == 0
 
 
+def test_all_of_a_tokenizer_is_copied(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    names = ["tokenizer.json", "spiece.model", "added_tokens.json", "chat_template.jinja"]
+    names += ["additional_chat_templates/tools.jinja"]
+    for name in [*names, "model.safetensors"]:
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(name)
+    there.mkdir()
+    for _ in range(2):
+        copy_tokenizer(here, there)
+        copy_tokenizer(here, here)
+    found = {str(p.relative_to(there)): p.read_text() for p in there.rglob("*") if p.is_file()}
+    assert found == {name: name for name in names}
+
+
+def test_a_prompt_has_no_place_in_the_weights(base, adapter, tmp_path, capsys):
+    _, apply, params, _ = adapter
+    method = jpeft.PromptTuning(3, "embed_tokens/embedding$")
+    state = method.init(jax.random.key(0), params, uses=jpeft.uses(apply, params, IDS))
+    save_adapter(tmp_path / "prompt", method, state, params, LLAMA, task_type="CAUSAL_LM")
+    arguments = ["--model", str(base), "--adapter", str(tmp_path / "prompt")]
+    assert main(["merge", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "use generate --adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_convert_there_and_back(base, adapter, tmp_path):
     folder, apply, params, rewritten = adapter
     file, again = tmp_path / "there.safetensors", tmp_path / "again"
@@ -88,9 +120,22 @@ def test_convert_there_and_back(base, adapter, tmp_path):
     np.testing.assert_allclose(got, jpeft.lift(apply)(rewritten, IDS), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("given", "out", "message"),
+    [
+        ("adapter", "base", "base is a directory, and .*adapter becomes a file"),
+        ("state.safetensors", "base/config.json", "config.json is a file, .* becomes a directory"),
+    ],
+)
+def test_convert_onto_another_kind(given, out, message, base, adapter, tmp_path, capsys):
+    arguments = ["convert", "--model", str(base), "--adapter", str(tmp_path / given)]
+    assert main([*arguments, "--out", str(tmp_path / out), "--overwrite"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
 def test_a_classifier_is_merged_too(tmp_path):
     folder = write_model(tmp_path / "bert")
-    model, family, _ = open_model(folder)
+    model, family, *_ = open_model(folder)
     apply, params = jpeft.functional(model)
     method = jpeft.chain(jpeft.LoRA(2, 8.0, r"query/kernel$"), jpeft.Train("^classifier/"))
     state = method.init(jax.random.key(0), params, uses=jpeft.uses(apply, params, IDS))
@@ -109,7 +154,7 @@ def test_a_classifier_is_merged_too(tmp_path):
 def test_a_t5_adapter_is_converted(tmp_path):
     config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
     save_model(T5(config, rngs=nnx.Rngs(0)), tmp_path / "t5")
-    model, family, _ = open_model(tmp_path / "t5")
+    model, family, *_ = open_model(tmp_path / "t5")
     apply, params = jpeft.functional(model)
     method = jpeft.LoRA(2, 8.0, r"/[qv]/kernel$")
     uses = jpeft.uses(apply, params, IDS, decoder_input_ids=IDS)
@@ -154,6 +199,27 @@ def test_generate(base, adapter, capsys):
     drawn = capsys.readouterr().out
     assert main([*arguments, "--temperature", "0.8", "--top-k", "5", "--seed", "1"]) == 0
     assert capsys.readouterr().out == drawn
+
+
+def test_a_t5_answers(tmp_path, capsys):
+    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    model = T5(dataclasses.replace(config, initializer_factor=3.0), rngs=nnx.Rngs(0))
+    save_model(model, tmp_path)
+    write_tokenizer(tmp_path)
+    said = []
+    for prompt in ("abc", "xyz"):
+        command = ["generate", "--model", str(tmp_path), "--prompt", prompt, "--tokens", "6"]
+        assert main(command) == 0
+        said.append(capsys.readouterr().out.strip("\n"))
+    apply, params = jpeft.functional(model)
+    encoded = apply(params, jnp.array([[1, 2, 3]]))
+    ids = [0]
+    for _ in range(6):
+        logits = apply(params, None, None, jnp.array([ids]), encoded=encoded)
+        ids.append(int(jnp.argmax(logits[0, -1])))
+    letters = "?abcdefghijklmnopqrstuvwxyz .,!ABCDEFGHI"
+    assert said[0] == "".join(letters[i] for i in ids[1:])
+    assert said[0] != said[1]
 
 
 @pytest.mark.parametrize(
