@@ -21,7 +21,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from experiments.common import in_context_shown, runtime
-from experiments.common.command import claim, command
+from experiments.common.command import check_counts, claim, command
 from experiments.common.models import fetch_model
 from experiments.common.parallel import Call, run_all
 from experiments.common.report import (
@@ -133,9 +133,8 @@ def check(config: Config) -> None:
     """**Raises:** `ValueError` for options that cannot be."""
     if not config.models or len({last_names(n) for n in config.models}) < len(config.models):
         raise ValueError("--models: one or more, of different names (the last three of a path)")
-    for name in ("sets", "orders", "queries", "pool", "steps", "rows", "batch", "processes"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)}: at least 1")
+    counts = ("sets", "orders", "queries", "pool", "steps", "rows", "batch", "processes")
+    check_counts(config, *counts)
     if not config.shots or min(config.shots) < 0 or min(config.peft, default=1) < 1:
         raise ValueError("--shots are numbers from 0, --peft from 1")
     count = len(WORDINGS[config.task])

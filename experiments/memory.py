@@ -1,8 +1,9 @@
 """The account of training memory: a rule of thumb, a model's own step, and what compilers say.
 
 `--params 1e9` alone is the rule: 4 bytes of weights, 4 of gradients, 8 of Adam's state and about 8
-of activations for each parameter. `--model` takes the shapes of a model's step, without weights or
-a compiler; `--check` sets that beside the compiled programs' own figures.
+of activations for each parameter; it has --trained, --precision, --stage and --devices. `--model`
+takes the shapes of a model's step, without weights or a compiler, and all options but --trained;
+`--check` sets that beside the compiled programs' own figures.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from experiments.common.accounts import (
     predicted,
     seen_by_one,
 )
-from experiments.common.command import command
+from experiments.common.command import check_counts, command
 from experiments.common.methods import Method, Sizes
 from experiments.common.numbers import Keep, Precision, Stage
 from experiments.common.plots import COLOURS, figure
@@ -44,6 +45,8 @@ SHADES = dict(
         strict=True,
     )
 ) | {"gathered": "#f0e442", "batch": "#999999", "working": "#bbbbbb"}
+# What is read with --params.
+OF_RULE = {"trained", "precision", "stage", "devices"}
 # What the check compiles for: its memory holds every case.
 TOPOLOGY, DEVICES = "v5p:2x2x2", 8
 
@@ -55,7 +58,7 @@ class Config:
     params: float | None = None
     """So many parameters, by the rule of thumb."""
     trained: float | None = None
-    """Of them; all without it."""
+    """Of the --params; all without it."""
     model: str | None = None
     """A published model's name (experiments/common/named.py), a directory, or a config.json."""
     method: Method = "full"
@@ -67,7 +70,7 @@ class Config:
     stage: Stage = 0
     """ZeRO's."""
     devices: int = 1
-    """How many share the work, all on the mesh axis fsdp."""
+    """How many share the work, all on the mesh axis fsdp; without --mesh."""
     mesh: str | None = None
     """Or how they do, of the model's step: data=2,fsdp=4,tensor=2."""
     accumulate: int = 1
@@ -95,10 +98,8 @@ class Config:
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Account, print and write."""
     console = console or Console()
+    refuse(config)
     check = config.check or config.check_parts
-    given = [config.params is not None, config.model is not None, config.check, config.check_parts]
-    if sum(given) != 1:
-        raise ValueError("pass one of --params, --model, --check and --check-parts")
     result: dict[str, Any] = {"config": dataclasses.asdict(config) | {"out": None}}
     if check:
         result |= checked(in_parts() if config.check_parts else [*cases(), *held_out()], console)
@@ -115,6 +116,24 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     return result
 
 
+def refuse(config: Config) -> None:
+    """**Raises:** `ValueError` for options that cannot be, or that would not be read."""
+    ways = ("params", "model", "check", "check_parts")
+    fields = dataclasses.fields(config)
+    given = [f.name for f in fields if getattr(config, f.name) != f.default]
+    chosen = [name for name in given if name in ways]
+    if len(chosen) != 1:
+        raise ValueError("pass one of --params, --model, --check and --check-parts")
+    way = chosen[0]
+    of_step = {f.name for f in fields} - {"trained"}
+    read = {"params": OF_RULE, "model": of_step}.get(way, set()) | {way, "out"}
+    for name in given:
+        if name not in read:
+            told = f"--{name} is not read with --{way}: leave it out"
+            raise ValueError(told.replace("_", "-"))
+    check_counts(config, "devices", "accumulate", "batch", "sequence")
+
+
 # -- the accounts ----------------------------------------------------------------------------------
 
 
@@ -123,10 +142,6 @@ def rule(config: Config) -> dict[str, Any]:
     from jpeft.memory import rule_of_thumb
 
     assert config.params is not None
-    if config.mesh is not None or config.accumulate != 1:
-        raise ValueError(
-            "--mesh and --accumulate are of a --model's step, not of the rule of thumb"
-        )
     precision = config.precision
     if precision not in ("float32", "mixed"):
         raise ValueError(f"the rule of thumb has float32 and mixed; got --precision {precision}")
@@ -173,13 +188,13 @@ def _sizes(config: Config) -> tuple[int, int, int]:
     """Of `data`, `fsdp` and `tensor`."""
     from sharding.mesh import mesh_sizes, parsed_mesh
 
-    if config.devices < 1 or config.accumulate < 1:
-        raise ValueError("--devices and --accumulate count from 1")
     if config.mesh is None:
         return mesh_sizes(None, config.devices)
     if config.devices != 1:
         raise ValueError("pass one of --devices and --mesh")
     named = parsed_mesh(config.mesh)
+    if -1 in named.values():
+        raise ValueError(f"--mesh {config.mesh}: say how many, no devices are here to be left")
     return mesh_sizes(named, math.prod(named.values()))
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 import jpeft
 from experiments import lora_glue
 from experiments.common import runtime
-from experiments.common.command import command, ready
+from experiments.common.command import check_counts, command, ready
 from experiments.common.console import bar
 from experiments.common.methods import RECIPES, Sizes
 from experiments.common.metrics import evaluate
@@ -66,8 +66,7 @@ class Config:
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Train in each precision, print and write."""
     console = console or Console()
-    if config.steps < 1:
-        raise ValueError(f"--steps {config.steps}: at least 1")
+    check_counts(config, "steps", "batch", "length")
     ready(config.out, config.overwrite)
     directory = fetch_model(config.model, console)
     result: dict[str, Any] = {

@@ -16,13 +16,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.command import command, ready
+from experiments.common.command import check_counts, command, ready
 from experiments.common.numbers import Stage
 from experiments.common.plots import COLOURS, figure
 from experiments.common.report import COMPILERS, describe_machine, versions, write_json
 
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 KINDS = ("parameters", "gradients", "optimiser")
+# How many devices the step that is walked through has.
+WALKERS = 4
 WALK = ("whole layer", "gradients", "activations")
 
 
@@ -37,7 +39,7 @@ class Config:
     rows: int = 12288
     """Rows of a batch, over all devices."""
     devices: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    """Numbers of devices to share among."""
+    """Numbers of devices to share among, in the first picture; the table is of four."""
     stages: tuple[Stage, ...] = STAGES
     """ZeRO's stages whose step is compiled."""
     topology: str = "v5e:2x2"
@@ -51,8 +53,10 @@ class Config:
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Count, compile, print, draw and write."""
     console = console or Console()
+    check_counts(config, "width", "layers", "rows", "devices")
     ready(config.out, config.overwrite)
-    shares = {str(s): {str(n): share(config, s, n) for n in config.devices} for s in STAGES}
+    counts = dict.fromkeys((*config.devices, WALKERS))
+    shares = {str(s): {str(n): share(config, s, n) for n in counts} for s in STAGES}
     walks = {str(s): walk(config, s) for s in config.stages}
     result = {
         "config": dataclasses.asdict(config) | {"out": None, "overwrite": False},
@@ -134,7 +138,12 @@ def walk(config: Config, stage: int) -> dict[str, Any]:
         out, _ = jax.lax.scan(layer, batch["x"], params["layers"])
         return jnp.mean(out.astype(jnp.float32) ** 2)
 
-    zero = Zero(make_mesh(None, topology(config.topology)), stage)
+    devices = topology(config.topology)
+    if len(devices) != WALKERS:
+        raise ValueError(
+            f"--topology {config.topology} has {len(devices)} devices: the step is of {WALKERS}"
+        )
+    zero = Zero(make_mesh(None, devices), stage)
     step = make_step(loss, optax.adam(1e-3), zero=zero, axes=names)
     params = shapes(config)
     batch = {"x": jax.ShapeDtypeStruct((config.rows, config.width), jnp.bfloat16)}
@@ -200,7 +209,7 @@ def _layer(moment: Any, layers: int, backward: bool) -> str:
 
 def table(config: Config, result: dict[str, Any]) -> Table:
     """Bytes on each of four devices, and what its program takes."""
-    n = "4" if 4 in config.devices else str(config.devices[-1])
+    n = str(WALKERS)
     out = Table(title=f"MiB on each of {n} devices")
     for name in ("stage", *KINDS, "highest in a step, beside them"):
         out.add_column(name, justify="right")

@@ -65,6 +65,15 @@ def command(
     return 0
 
 
+def check_counts(config: Any, *names: str) -> None:
+    """**Raises:** `ValueError` for one of these options below 1, or a value of it."""
+    for name in names:
+        given = getattr(config, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
+
+
 def ready(out: pathlib.Path | None, overwrite: bool) -> None:
     """Make a folder for a result that one go makes. **Raises:** `ValueError` where one stands."""
     if out is None:

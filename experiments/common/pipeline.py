@@ -24,11 +24,17 @@ class Shapes:
 
     A batch is as long as the first of `lengths` that holds its longest example, so a step is
     compiled once for each of them. `sides` are the lengths of a decoder's own side, if it has one.
+
+    **Raises:** `ValueError` for no rows.
     """
 
     batch: int
     lengths: tuple[int, ...]
     sides: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"--batch {self.batch}: at least 1")
 
     def length(self, tokens: int) -> int:
         """The first length that holds `tokens`."""

@@ -12,6 +12,7 @@ import jax
 from rich.console import Console
 
 from experiments import lora_glue
+from experiments.common.command import check_counts
 from experiments.common.models import fetch_model
 from experiments.common.parallel import Call, run_all
 from experiments.common.report import (
@@ -40,8 +41,7 @@ def refuse(config: SweepConfig, **swept: str) -> None:
 
     **Arguments:** `swept`, the option's name and what to use in its place.
     """
-    if config.processes < 1:
-        raise ValueError(f"--processes {config.processes}: at least 1")
+    check_counts(config, "processes")
     if config.processes > 1 and config.out is None:
         raise ValueError("--processes needs --out: the runs' results come back as files")
     if config.processes > 1 and config.mesh is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ class Schedule:
     name: Optimiser = "adamw"
 
     def __post_init__(self) -> None:
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"--lr {self.learning_rate}: a finite number, not below 0")
         if self.ratio is not None and self.name != "adamw":
             raise ValueError(f"--lora-plus is of AdamW: leave out --optimiser {self.name}")
 

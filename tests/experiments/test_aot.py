@@ -149,6 +149,8 @@ def test_what_does_not_fit_is_told(small):
         ({"mesh": "fsdp=3"}, "does not fit 8 devices"),
         ({"options": ("xla_x",)}, "--options takes name=value: 'xla_x' is none"),
         ({"method": "head"}, "is a classifier's"),
+        ({"batch": 0}, "--batch 0: at least 1"),
+        ({"chunk": 0}, "--chunk 0: at least 1"),
     ],
 )
 def test_wrong_options(small, wrong, told):

@@ -206,6 +206,8 @@ def test_few_lengths_and_little_padding():
     assert shapes(rows[:1], 32, 3).lengths == (3,)
     with pytest.raises(ValueError, match="--buckets 0: batches need one length"):
         shapes(rows, 32, 64, buckets=0)
+    with pytest.raises(ValueError, match="--batch 0: at least 1"):
+        shapes(rows, 0, 64)
     batches = Batches(rows, found, 0, 0)
     iterator = iter(batches)
     drawn = [next(iterator) for _ in range(batches.per_epoch)]

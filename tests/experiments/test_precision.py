@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 
 import pytest
 from rich.console import Console
@@ -33,5 +34,8 @@ def test_small_updates_are_lost_without_masters(tmp_path):
     assert json.loads((tmp_path / "out" / "result.json").read_text())["rows"] == rows
     with pytest.raises(ValueError, match="holds a result: pass --overwrite"):
         main(config)
-    with pytest.raises(ValueError, match="--steps 0"):
-        main(dataclasses.replace(config, steps=0))
+    fresh = dataclasses.replace(config, out=None)
+    for wrong in ({"steps": 0}, {"batch": 0}, {"length": 0}, {"lr": math.nan}, {"lr": -1.0}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"--{name} {value}: "):
+            main(dataclasses.replace(fresh, **wrong))

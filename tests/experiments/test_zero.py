@@ -23,10 +23,41 @@ def test_shares_are_theory():
             assert got[kind] == pytest.approx(n / 4 if kind in shared else n, rel=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"devices": (1, 0)}, "--devices 0"),
+        ({"layers": 0}, "--layers 0"),
+        ({"width": 0}, "--width 0"),
+        ({"rows": -4}, "--rows -4"),
+    ],
+)
+def test_what_counts_nothing_is_told(wrong, told):
+    with pytest.raises(ValueError, match=f"{told}: at least 1"):
+        main(dataclasses.replace(SMALL, **wrong))
+
+
+needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
 )
+
+
+@needs_tpu_compiler
+def test_a_topology_of_other_than_four_is_told():
+    with pytest.raises(ValueError, match="--topology v5e:2x4 has 8 devices: the step is of 4"):
+        main(dataclasses.replace(SMALL, topology="v5e:2x4"))
+
+
+def test_the_table_is_of_four_devices_whichever_are_asked_for():
+    config = dataclasses.replace(SMALL, stages=(), devices=(1, 8))
+    said = io.StringIO()
+    result = main(config, Console(file=said))
+    assert set(result["shares"]["3"]) == {"1", "4", "8"}
+    assert "MiB on each of 4 devices" in said.getvalue()
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
 def test_the_walk(tmp_path):
     said = io.StringIO()
     result = main(dataclasses.replace(SMALL, out=tmp_path / "o"), Console(file=said))
