@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jpeft._lookup import lookup
+from jpeft._states import check_shapes, put
 from jpeft.kernels import fold
 from jpeft.leaf import Call, Leaf, Site, dense, register, static
-from jpeft.paths import TargetError, flatten, match, replace
+from jpeft.paths import TargetError, flatten, match
 from jpeft.prefix import PrefixTuning
 from jpeft.transform import Nothing, Params, Trainable, Transform, chained
 from jpeft.uses import Uses
@@ -143,14 +144,7 @@ class PromptTuning(Transform):
     ) -> Params:
         """The parameters with a `PromptTable` in place of the table."""
         del key
-        leaves = flatten(params)
-        return replace(
-            params,
-            {
-                path: PromptTable(leaves[path], at["prompt"], 0, path) if path in leaves else at
-                for path, at in trainable.items()
-            },
-        )
+        return put(params, trainable, self._leaf)
 
     def clash(self, other: Transform) -> str | None:
         """Two prompts would have the same ids, and a prefix may cover a prompt."""
@@ -165,6 +159,14 @@ class PromptTuning(Transform):
     def decoding(self) -> Transform:
         """For steps of generation that read a cache: the prompt is in it already."""
         return Nothing(self)
+
+    def _leaf(self, path: str, table: Any, state: Any) -> PromptTable:
+        if not isinstance(state, Mapping) or "prompt" not in state:
+            raise TargetError(
+                f"the trained state at '{path}' is no prompt: it is of another method"
+            )
+        check_shapes(path, state, {"prompt": (self.length, table.shape[1])})
+        return PromptTable(table, state["prompt"], 0, path)
 
     def _table(self, leaves: dict[str, Any]) -> str:
         found = match(self.targets, leaves)

@@ -98,7 +98,9 @@ class Subspace(Transform):
     ) -> Params:
         """The parameters, moved: ordinary arrays of their own types."""
         del key
-        at: Coordinates = trainable["subspace"]
+        at = trainable.get("subspace") if isinstance(trainable, Mapping) else None
+        if not isinstance(at, Coordinates):
+            raise TargetError("the trained state has no coordinates: it is of another method")
         leaves = flatten(params)
         chosen = self._chosen(leaves)
         places, m = self._layers(leaves, chosen)

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from jpeft._states import check_shapes, put
 from jpeft.leaf import Leaf, dense
 from jpeft.multitask import per_example
-from jpeft.paths import TargetError, flatten, match, replace
+from jpeft.paths import TargetError, flatten, is_array, match
 from jpeft.quantized import Quantized
 from jpeft.uses import Uses
 
@@ -60,7 +61,8 @@ class Transform(abc.ABC):
         a trained state made by `jpeft.stack`, gives each example's number in that stack, or -1 for
         the model as it is. Examples then stand along the first axis of the model's inputs.
 
-        **Raises:** `jpeft.TargetError` when `trainable` belongs to other parameters.
+        **Raises:** `jpeft.TargetError` when `trainable` belongs to other parameters or another
+        transform.
         """
         if task is None:
             return self.place(params, trainable, key)
@@ -138,17 +140,21 @@ class Train(Transform):
     ) -> Params:
         """The parameters with the trained ones in place, in the model's type."""
         del key
-        leaves = flatten(params)
 
-        def new(path: str, value: Any) -> Any:
-            if path not in leaves:
-                return value
-            value = value.astype(leaves[path].dtype)
+        def rewritten(path: str, leaf: Any, value: Any) -> Any:
+            if not is_array(value):
+                raise TargetError(
+                    f"the trained state at '{path}' is a {type(value).__name__}, no array: it is "
+                    "of another method"
+                )
+            shape = leaf.shape if self.last is None else (self.last, *leaf.shape[1:])
+            check_shapes(path, {"the array": value}, {"the array": shape})
+            value = value.astype(leaf.dtype)
             if self.last is None:
                 return value
-            return jnp.concatenate([dense(leaves[path])[: -self.last], dense(value)])
+            return jnp.concatenate([dense(leaf)[: -self.last], dense(value)])
 
-        return replace(params, {path: new(path, value) for path, value in trainable.items()})
+        return put(params, trainable, rewritten)
 
     def overwrites(self, trainable: Trainable) -> Collection[str]:
         """Every trained parameter."""
@@ -196,6 +202,11 @@ class Chain(Transform):
         self, params: Params, trainable: Trainable, key: PRNGKeyArray | None = None
     ) -> Params:
         """Each transform's rewriting in turn."""
+        if not isinstance(trainable, tuple | list):
+            raise TargetError(
+                f"the trained state is a {type(trainable).__name__}, a chain's is a tuple with a "
+                "state for each transform"
+            )
         if len(trainable) != len(self.transforms):
             raise TargetError(
                 f"the trained state is of {len(trainable)} transforms, the chain has "
