@@ -74,6 +74,9 @@ class Subspace(Transform):
         if self.d < 1:
             raise ValueError(f"a subspace has at least 1 dimension, got {self.d}")
 
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
     def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
         """`{"subspace": Coordinates}`: `theta` zero, `scales` one."""
         del key, uses

@@ -105,6 +105,9 @@ class Train(Transform):
         if self.last is not None and self.last < 1:
             raise ValueError(f"last counts layers from the end, at least 1; got {self.last}")
 
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
     def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
         """`{path: fp32 array of the parameter's shape}`, or of its last layers', starting there."""
         del key, uses

@@ -1,5 +1,7 @@
 """Chains: their order, and the combinations that are refused."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -91,6 +93,20 @@ def test_two_prefixes_side_by_side():
     assert (out[0, :2] == state[0]["bias"].values).all()
     assert (out[0, 2:4] == state[1]["bias"].values).all()
     assert not out[0, 4].any()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        jpeft.Train(["bias$"]),
+        jpeft.Subspace(4, ["bias$"]),
+        jpeft.PromptTuning(2, [TABLE]),
+        jpeft.chain(jpeft.Train(["bias$"]), jpeft.LoRA(2, 4.0, ["kernel"])),
+    ],
+    ids=str,
+)
+def test_a_list_of_targets_hashes(method):
+    assert hash(method) == hash(copy.deepcopy(method))
 
 
 def test_what_is_no_transform(unchecked):
