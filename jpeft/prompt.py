@@ -105,9 +105,10 @@ class PromptTuning(Transform):
 
     - `length`: of the prompt.
     - `targets`: a pattern of the table of word embeddings, and of nothing else.
-    - `init`: `vocabulary`, the embeddings of tokens drawn from `vocabulary` without replacement;
-      `uniform` in [-0.5, 0.5]; `labels`, the mean embedding of each entry of `tokens` (a class
-      label's sub-tokens), then drawn tokens; `text`, the tokens of `tokens[0]`, over and over.
+    - `init_from`: `vocabulary`, the embeddings of tokens drawn from `vocabulary`, without
+      replacement where it has as many; `uniform` in [-0.5, 0.5]; `labels`, the mean embedding of
+      each entry of `tokens` (a class label's sub-tokens), then drawn tokens; `text`, the tokens of
+      `tokens[0]`, over and over.
     - `vocabulary`: first and last + 1 of the rows to draw from; the paper's are the 5,000 most
       frequent. BERT's own words start at row 1996.
     - `tokens`: token ids for `labels` and `text`.
@@ -131,6 +132,9 @@ class PromptTuning(Transform):
             )
         if self.init_from in ("labels", "text") and not (self.tokens and all(self.tokens)):
             raise ValueError(f"init_from='{self.init_from}' needs tokens=((id, ...), ...)")
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
 
     def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
         """`{path: {"prompt": fp32 (length, width)}}` for the table."""
@@ -240,7 +244,7 @@ def virtual_tokens(
       ids are all 0, since they are not read.
     - `after`, how many tokens stay before them; 1 for encoders whose first token is read.
     - `task`, each row's task: a row of no task (-1) gets its room at the end, masked, so that it
-      runs as it would without.
+      runs as it would without. A batch without an `attention_mask` then gets one.
 
     **Raises:** `ValueError` for a key of that shape that it does not know.
     """
@@ -255,6 +259,7 @@ def virtual_tokens(
     none = None if task is None else jnp.asarray(task)[:, None] < 0
     if none is not None:
         order = jnp.where(none, jnp.arange(t + length), order)
+        batch = {"attention_mask": jnp.ones_like(ids), **batch}
         fill["attention_mask"] = jnp.where(none, 0, 1)
         fill["input_ids"] = jnp.where(none, 0, new)
     out: dict[str, Any] = {}
