@@ -123,7 +123,8 @@ class Adapter(Transform):
       near the identity; biases at zero.
     - `zero_up`: start `up` at zero instead, exactly the identity.
     - `axes`: pattern to letters, one for each axis of the parameter (`i`, `o`, `b`), where neither
-      its shape nor `uses` tells; `{r"bias$": "bo"}` for a bias stacked over layers.
+      its shape nor `uses` tells; `{r"bias$": "bo"}` for a bias stacked over layers, or over the
+      members of an ensemble under `vmap`, which `uses` takes for outputs.
 
     Dropout that a module applies after its bias comes after the adapter too.
     """

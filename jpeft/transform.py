@@ -94,8 +94,8 @@ class Train(Transform):
     The trained copies are fp32 whatever the model's type; the model reads them in its own.
     `Train(r".*")` is full fine-tuning, `Train(r"^classifier/")` a new head.
 
-    **Arguments:** `last`, of parameters that are stacked over layers along their first axis, train
-    only so many layers, the last ones.
+    **Arguments:** `last`, of parameters that are stacked over layers along their first axis, as
+    many in each, train only so many layers, the last ones.
     """
 
     targets: str | Sequence[str]
@@ -112,8 +112,16 @@ class Train(Transform):
         """`{path: fp32 array of the parameter's shape}`, or of its last layers', starting there."""
         del key, uses
         leaves = flatten(params)
+        chosen = match(self.targets, leaves)
+        depths = {leaves[p].shape[:1]: p for p in chosen}
+        if self.last is not None and len(depths) > 1:
+            found = ", ".join(f"'{p}' {tuple(leaves[p].shape)}" for p in depths.values())
+            raise TargetError(
+                f"last={self.last} of the layers along the first axis, but what is matched is not "
+                f"one stack: {found}"
+            )
         trainable: dict[str, Any] = {}
-        for path in match(self.targets, leaves):
+        for path in chosen:
             leaf = leaves[path]
             if isinstance(leaf, Leaf):
                 if isinstance(leaf, Quantized):

@@ -109,6 +109,12 @@ def test_a_list_of_targets_hashes(method):
     assert hash(method) == hash(copy.deepcopy(method))
 
 
+def test_the_last_layers_of_what_is_no_stack_are_refused():
+    params = {"layers": {"scale": jnp.ones((3, 4))}, "final": {"scale": jnp.ones(4)}}
+    with pytest.raises(jpeft.TargetError, match=r"not one stack: .*'layers/scale' \(3, 4\)"):
+        jpeft.Train("scale", last=1).init(jax.random.key(0), params)
+
+
 def test_what_is_no_transform(unchecked):
     with pytest.raises(TypeError, match="takes transforms, got 'lora'"):
         jpeft.chain("lora")
