@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from jpeft._states import check_kind, check_shapes, put
 from jpeft.kernels import at, fold, placed_axes
 from jpeft.leaf import LeafError, register, static
-from jpeft.paths import TargetError, by_pattern, flatten, match, replace
+from jpeft.paths import TargetError, by_pattern, flatten, match
 from jpeft.site import Placed
 from jpeft.transform import Chain, Params, Train, Trainable, Transform
 from jpeft.uses import Uses
@@ -128,7 +129,8 @@ class Adapter(Transform):
       near the identity; biases at zero.
     - `zero_up`: start `up` at zero instead, exactly the identity.
     - `axes`: pattern to letters, one for each axis of the parameter (`i`, `o`, `b`), where neither
-      its shape nor `uses` tells; `{r"bias$": "bo"}` for a bias stacked over layers.
+      its shape nor `uses` tells; `{r"bias$": "bo"}` for a bias stacked over layers, or over the
+      members of an ensemble under `vmap`, which `uses` takes for outputs.
 
     Dropout that a module applies after its bias comes after the adapter too.
     """
@@ -166,11 +168,7 @@ class Adapter(Transform):
     ) -> Params:
         """The parameters with an `Adapted` leaf at every matched path."""
         del key
-        leaves = flatten(params)
-        return replace(
-            params,
-            {p: self._leaf(p, leaves[p], b) if p in leaves else b for p, b in trainable.items()},
-        )
+        return put(params, trainable, self._leaf)
 
     def _bottleneck(self, key: Any, path: str, leaf: Any, uses: Uses | None) -> Bottleneck:
         axes = placed_axes("Adapter", path, leaf, by_pattern(self.axes, path, ""), uses)
@@ -179,25 +177,37 @@ class Adapter(Transform):
                 f"a parallel adapter stands beside a kernel, but '{path}' is a bias: make the "
                 "pattern end in the kernel's name, such as r'kernel$'"
             )
-        of = {k: [leaf.shape[i] for i in at(axes, k)] for k in "bio"}
-        out = math.prod(of["o"])
-        width = math.prod(of["i"]) if self.placement == "parallel" else out
+        shapes = self._shapes(leaf, axes)
         keys = jax.random.split(key)
 
-        def normal(key: Any, *shape: int) -> Array:
+        def normal(key: Any, shape: tuple[int, ...]) -> Array:
             # Truncated at two deviations, as the paper's code has it.
-            return self.std * jax.random.truncated_normal(key, -2, 2, (*of["b"], *shape))
+            return self.std * jax.random.truncated_normal(key, -2, 2, shape)
 
-        up = normal(keys[1], self.size, out)
+        up = normal(keys[1], shapes["up"])
         return Bottleneck(
-            normal(keys[0], width, self.size),
-            jnp.zeros((*of["b"], self.size)),
+            normal(keys[0], shapes["down"]),
+            jnp.zeros(shapes["down_bias"]),
             jnp.zeros_like(up) if self.zero_up else up,
-            jnp.zeros((*of["b"], out)),
+            jnp.zeros(shapes["up_bias"]),
             axes,
         )
 
-    def _leaf(self, path: str, base: Any, b: Bottleneck) -> Adapted:
+    def _shapes(self, leaf: Any, axes: str) -> dict[str, tuple[int, ...]]:
+        """Of what is trained for a parameter."""
+        of = {k: [leaf.shape[i] for i in at(axes, k)] for k in "bio"}
+        out = math.prod(of["o"])
+        width = math.prod(of["i"]) if self.placement == "parallel" else out
+        return {
+            "down": (*of["b"], width, self.size),
+            "down_bias": (*of["b"], self.size),
+            "up": (*of["b"], self.size, out),
+            "up_bias": (*of["b"], out),
+        }
+
+    def _leaf(self, path: str, base: Any, b: Any) -> Adapted:
+        check_kind(path, base, b, Bottleneck)
+        check_shapes(path, vars(b), self._shapes(base, b.axes))
         n = len(b.axes)
         return Adapted(
             base,

@@ -33,12 +33,13 @@ def from_json(value: Mapping[str, Any]) -> Transform:
     """The transform that `to_json` described: one of this package's, or any subclass of
     `jpeft.Transform` that the program has imported.
 
-    **Raises:** `ConfigError` for an unknown type or field, with the nearest known one.
+    **Raises:** `ConfigError` for an unknown type or field, with the nearest known one, and for
+    values that the transform refuses.
     """
-    if "type" not in value:
-        raise ConfigError(f"a transform has a 'type', but here there are {sorted(value)}")
+    if not isinstance(value, Mapping) or "type" not in value:
+        raise ConfigError(f"a transform has a 'type', but here is {value!r}")
     types: dict[str, type] = {t.__name__: t for t in _subclasses(Transform)}
-    name = value["type"]
+    name = str(value["type"])
     if name not in types:
         raise ConfigError(f"there is no transform '{name}'{_suggest(name, types)}")
     known = {f.name for f in dataclasses.fields(types[name])}
@@ -46,9 +47,10 @@ def from_json(value: Mapping[str, Any]) -> Transform:
     for key in given:
         if key not in known:
             raise ConfigError(f"{name} has no option '{key}'{_suggest(key, known)}")
+    options = {k: _in(v) for k, v in given.items()}
     try:
-        return types[name](**{k: _in(v) for k, v in given.items()})
-    except TypeError as e:
+        return types[name](**options)
+    except (TypeError, ValueError) as e:
         raise ConfigError(f"{name} cannot be made: {e}") from e
 
 
@@ -56,7 +58,9 @@ def _out(value: Any, where: str) -> Any:
     if isinstance(value, Transform):
         return to_json(value)
     if isinstance(value, Mapping):
-        return {str(k): _out(v, where) for k, v in value.items()}
+        found = {str(k): _out(v, where) for k, v in value.items()}
+        # A pattern may be the word that marks a transform: such a mapping stands one level lower.
+        return {"type": found} if "type" in found else found
     if isinstance(value, (tuple, list)):
         return [_out(v, where) for v in value]
     if value is None or isinstance(value, (str, int, float, bool)):
@@ -66,7 +70,10 @@ def _out(value: Any, where: str) -> Any:
 
 def _in(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return from_json(value) if "type" in value else {k: _in(v) for k, v in value.items()}
+        mark = value.get("type", value)
+        if not isinstance(mark, Mapping):
+            return from_json(value)
+        return {k: _in(v) for k, v in mark.items()}
     return tuple(_in(v) for v in value) if isinstance(value, list) else value
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
+from jpeft._states import put
 from jpeft.kernels import fold
+from jpeft.leaf import Leaf
 from jpeft.lora import Factors, LoRA
-from jpeft.paths import flatten, replace
 from jpeft.transform import Params, Trainable
 
 Ranks = Literal["uniform", "geometric"]
@@ -61,16 +62,11 @@ class DyLoRA(LoRA):
             lora, small = self.at(trainable, self.rank_used or self.rank)
             return lora.place(params, small)
         b = self.draw(jax.random.fold_in(key, 0))
-        leaves = flatten(params)
-        return replace(
-            params,
-            {
-                path: self._leaf(path, leaves[path], self._first(f, b), fold(key, path))
-                if path in leaves
-                else f
-                for path, f in trainable.items()
-            },
-        )
+
+        def rewritten(path: str, leaf: Any, f: Any) -> Leaf:
+            return self._leaf(path, leaf, self._first(f, b), fold(key, path))
+
+        return put(params, trainable, rewritten)
 
     def unmerge(self, merged: Params, trainable: Trainable) -> Params:
         """As LoRA's, of the update of rank `rank_used`."""

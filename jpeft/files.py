@@ -75,20 +75,20 @@ def load(path: str | pathlib.Path, like: Any) -> Any:
 def load_transform(path: str | pathlib.Path) -> Transform:
     """The transform that a trained state was saved with.
 
-    **Raises:** `jpeft.CheckpointError` for a file without one, of a newer format, with a type or
-    an option that this version does not know, naming the nearest known one, or with a Fastfood
-    subspace of format 1.
+    **Raises:** `jpeft.CheckpointError` for a file without one, with a damaged header, of a newer
+    format, with a type, an option or a value that this version does not know, naming the nearest
+    known one, or with a Fastfood subspace of format 1.
     """
     path = pathlib.Path(path)
-    header = (_opened(path).metadata() or {}).get("jpeft")
-    about: dict[str, Any] = {} if header is None else json.loads(header)
-    if about.get("version", VERSION) > VERSION:
+    about = _header(path)
+    version = about.get("version", VERSION)
+    if version > VERSION:
         raise CheckpointError(
-            f"{path} has format {about['version']}, this version reads {VERSION}: update jpeft"
+            f"{path} has format {version}, this version reads {VERSION}: update jpeft"
         )
     if "transform" not in about:
         raise CheckpointError(f"{path} was saved without a transform")
-    if about.get("version", VERSION) < 2 and '"projection": "fastfood"' in json.dumps(about):
+    if version < 2 and '"projection": "fastfood"' in json.dumps(about):
         raise CheckpointError(
             f"{path} has format 1, whose Subspace had another projection for its seed: train it "
             "again, or merge it with the version that saved it"
@@ -114,6 +114,18 @@ def restore(
         return transform.init(jax.random.key(0), params, uses=uses)
 
     return transform, load(path, jax.eval_shape(like))
+
+
+def _header(path: pathlib.Path) -> dict[str, Any]:
+    """What `save` wrote of the transform; nothing where the file has no such entry."""
+    text = (_opened(path).metadata() or {}).get("jpeft", "{}")
+    try:
+        about = json.loads(text)
+    except ValueError:
+        about = None
+    if not isinstance(about, dict) or not isinstance(about.get("version", VERSION), int):
+        raise CheckpointError(f"{path} has a damaged header: 'jpeft' is {text[:80]!r}")
+    return about
 
 
 def _opened(path: pathlib.Path) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
+from jpeft._states import check_kind, check_shapes, put
 from jpeft.kernels import at, kernel_axes, leading, real
 from jpeft.leaf import register, static
-from jpeft.paths import by_pattern, flatten, match, replace
+from jpeft.paths import by_pattern, flatten, match
 from jpeft.rescale import Scaled
 from jpeft.transform import Params, Train, Trainable, Transform
 from jpeft.uses import Uses
@@ -68,8 +69,8 @@ class IA3(Transform):
             leaf = leaves[path]
             real("IA3", path, leaf)
             axes, _ = kernel_axes("IA3", path, leaf, by_pattern(self.axes, path, ""), uses)
-            shape = [leaf.shape[i] for i in (*at(axes, "b"), *at(axes, side))]
-            trainable[path] = Scales(jnp.ones(shape, jnp.float32), axes, side)
+            ones = jnp.ones(_shape(leaf, axes, side), jnp.float32)
+            trainable[path] = Scales(ones, axes, side)
         return trainable
 
     def place(
@@ -77,14 +78,18 @@ class IA3(Transform):
     ) -> Params:
         """The parameters with a `Scaled` leaf at every matched path."""
         del key
-        leaves = flatten(params)
-        return replace(
-            params,
-            {
-                path: Scaled(leaves[path], _gain(s), path, leading(s.axes)) if path in leaves else s
-                for path, s in trainable.items()
-            },
-        )
+        return put(params, trainable, _leaf)
+
+
+def _leaf(path: str, base: Any, s: Any) -> Scaled:
+    check_kind(path, base, s, Scales)
+    check_shapes(path, vars(s), {"scale": _shape(base, s.axes, s.side)})
+    return Scaled(base, _gain(s), path, leading(s.axes))
+
+
+def _shape(leaf: Any, axes: str, side: str) -> list[int]:
+    """Of the scale."""
+    return [leaf.shape[i] for i in (*at(axes, "b"), *at(axes, side))]
 
 
 def _gain(s: Scales) -> Any:

@@ -122,4 +122,10 @@ def _from_uses(method: str, path: str, ndim: int, uses: Uses) -> tuple[str, bool
     products.sort(key=lambda u: u.primitive != "gather")
     axes = products[0].axes
     assert axes is not None
-    return axes, products[0].primitive == "gather"
+    table = products[0].primitive == "gather"
+    if table and axes.count("o") > 1:
+        raise TargetError(
+            f"'{path}' is looked up in, and what is found there has {axes.count('o')} axes: give "
+            f"{method} axes={{pattern: letters}}, 'bio' for a stack of kernels, else '{axes}'"
+        )
+    return axes, table

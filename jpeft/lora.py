@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from jpeft._states import check_kind, check_shapes, put
 from jpeft.kernels import at, fold, kernel_axes, leading, real
 from jpeft.leaf import Leaf, dense, register, static
 from jpeft.lowrank import LowRank
@@ -110,16 +111,11 @@ class LoRA(Transform):
         self, params: Params, trainable: Trainable, key: PRNGKeyArray | None = None
     ) -> Params:
         """The parameters with a `LowRank` leaf (for DoRA, rescaled) at every matched path."""
-        leaves = flatten(params)
-        return replace(
-            params,
-            {
-                path: self._leaf(path, leaves[path], f, fold(key, path) if key is not None else key)
-                if path in leaves
-                else f
-                for path, f in trainable.items()
-            },
-        )
+
+        def rewritten(path: str, leaf: Any, f: Any) -> Leaf:
+            return self._leaf(path, leaf, f, None if key is None else fold(key, path))
+
+        return put(params, trainable, rewritten)
 
     def scale(self, path: str) -> float:
         """The factor of the update at `path`: `alpha / rank`, or `alpha / sqrt(rank)`."""
@@ -162,8 +158,8 @@ class LoRA(Transform):
                 f"{fan_in} in and {fan_out // n_parts} out: choose a rank of at most "
                 f"{min(fan_in, fan_out // n_parts)}"
             )
-        width = rank * len(trained)
-        a_shape, b_shape = (*shape["b"], *shape["i"], width), (*shape["b"], width, *shape["o"])
+        shapes = self._shapes(path, leaf, axes)
+        a_shape, b_shape = shapes["a"], shapes["b"]
         key = fold(key, path)
         if table:
             a, b = jnp.zeros(a_shape), jax.random.normal(key, b_shape)
@@ -176,7 +172,22 @@ class LoRA(Transform):
             magnitude = jnp.squeeze(column_norm(dense(leaf), axes), at(axes, "i"))
         return Factors(a.astype(jnp.float32), b.astype(jnp.float32), magnitude, axes)
 
-    def _leaf(self, path: str, base: Any, f: Factors, key: Any) -> Leaf:
+    def _shapes(self, path: str, leaf: Any, axes: str) -> dict[str, tuple[int, ...]]:
+        """Of the factors of a parameter."""
+        of = {k: [leaf.shape[i] for i in at(axes, k)] for k in "bio"}
+        n_parts, trained = by_pattern(self.parts, path, (1, (0,)))
+        of["o"][-1] //= n_parts
+        width = by_pattern(self.rank_pattern, path, self.rank) * len(trained)
+        return {"a": (*of["b"], *of["i"], width), "b": (*of["b"], width, *of["o"])}
+
+    def _leaf(self, path: str, base: Any, f: Any, key: Any) -> Leaf:
+        check_kind(path, base, f, Factors)
+        check_shapes(path, vars(f), self._shapes(path, base, f.axes))
+        if (f.magnitude is not None) != self.dora:
+            raise TargetError(
+                f"the trained state at '{path}' is of LoRA with dora={not self.dora}, the "
+                f"transform has dora={self.dora}"
+            )
         b = f.b
         n_parts, trained = by_pattern(self.parts, path, (1, (0,)))
         if n_parts > 1:

@@ -58,7 +58,7 @@ def lora_plus_groups(trainable: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if re.search(r"embedding/(a|b)$", name):
             return "embedding"
-        if x.ndim <= 1 or re.search(r"(^|/)(bias|scale|magnitude)$", name):
+        if x.ndim <= 1 or re.search(r"(^|[/_])bias$|(^|/)(scale|magnitude)$", name):
             return "b without decay"
         return "b" if re.search(r"(^|/)b$", name) else "a"
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from jpeft._states import check_kind, check_shapes, put
 from jpeft.kernels import at, fold, placed_axes
 from jpeft.leaf import LeafError, register, static
-from jpeft.paths import TargetError, by_pattern, flatten, match, replace
+from jpeft.paths import TargetError, by_pattern, flatten, match
 from jpeft.site import Placed
 from jpeft.transform import Nothing, Params, Trainable, Transform
 from jpeft.uses import Uses
@@ -175,9 +176,7 @@ class PrefixTuning(Transform):
                     f"'{path}' already has a prefix at positions {leaf.after} to "
                     f"{leaf.after + leaf.values.shape[-2]}: give this one another after="
                 )
-            batch = [leaf.shape[i] for i in at(axes, "b")]
-            width = math.prod(leaf.shape[i] for i in at(axes, "o"))
-            shapes.append((path, axes, (*batch, self.length, width)))
+            shapes.append((path, axes, self._shape(leaf, axes)))
         if self.mlp is None:
             return {
                 path: Prefix(self.std * jax.random.normal(fold(key, path), shape), axes)
@@ -203,12 +202,7 @@ class PrefixTuning(Transform):
     ) -> Params:
         """The parameters with a `Prefixed` leaf at every matched path."""
         del key
-        prefixes: dict[str, Prefix] = _prefixes(trainable)
-        leaves = flatten(params)
-        return replace(
-            params,
-            {p: self._leaf(p, leaves[p], x) if p in leaves else x for p, x in prefixes.items()},
-        )
+        return put(params, _prefixes(trainable), self._leaf)
 
     def folded(self, trainable: Trainable) -> tuple[PrefixTuning, Trainable]:
         """After training: the transform without its network, and the prefixes as they are."""
@@ -218,17 +212,19 @@ class PrefixTuning(Transform):
         """For steps of generation that read a cache: the prefix is in it already."""
         return Nothing(self)
 
-    def _leaf(self, path: str, base: Any, prefix: Prefix) -> Prefixed:
-        if prefix.values.shape[-2] != self.length:
-            raise TargetError(
-                f"the trained prefix at '{path}' has {prefix.values.shape[-2]} positions, the "
-                f"transform {self.length}"
-            )
+    def _shape(self, leaf: Any, axes: str) -> tuple[int, ...]:
+        """Of a parameter's prefix."""
+        batch = [leaf.shape[i] for i in at(axes, "b")]
+        return (*batch, self.length, math.prod(leaf.shape[i] for i in at(axes, "o")))
+
+    def _leaf(self, path: str, base: Any, prefix: Any) -> Prefixed:
+        check_kind(path, base, prefix, Prefix)
+        check_shapes(path, vars(prefix), {"values": self._shape(base, prefix.axes)})
         n = len(prefix.axes)
         outputs, batch = (tuple(i - n for i in at(prefix.axes, k)) for k in "ob")
         return Prefixed(base, prefix.values, None, self.after, self.position, outputs, batch, path)
 
 
-def _prefixes(trainable: Trainable) -> dict[str, Prefix]:
-    mlp = trainable.get("mlp")
-    return mlp.folded() if isinstance(mlp, PrefixMLP) else dict(trainable)
+def _prefixes(trainable: Trainable) -> Any:
+    mlp = trainable.get("mlp") if isinstance(trainable, Mapping) else None
+    return mlp.folded() if isinstance(mlp, PrefixMLP) else trainable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jpeft._lookup import lookup
+from jpeft._states import check_shapes, put
 from jpeft.kernels import fold
 from jpeft.leaf import Call, Leaf, LeafError, Site, dense, register, static
-from jpeft.paths import TargetError, flatten, match, replace
+from jpeft.paths import TargetError, flatten, match
 from jpeft.prefix import PrefixTuning
 from jpeft.transform import Nothing, Params, Trainable, Transform, chained
 from jpeft.uses import Uses
@@ -114,9 +115,10 @@ class PromptTuning(Transform):
 
     - `length`: of the prompt.
     - `targets`: a pattern of the table of word embeddings, and of nothing else.
-    - `init`: `vocabulary`, the embeddings of tokens drawn from `vocabulary` without replacement;
-      `uniform` in [-0.5, 0.5]; `labels`, the mean embedding of each entry of `tokens` (a class
-      label's sub-tokens), then drawn tokens; `text`, the tokens of `tokens[0]`, over and over.
+    - `init_from`: `vocabulary`, the embeddings of tokens drawn from `vocabulary`, without
+      replacement where it has as many; `uniform` in [-0.5, 0.5]; `labels`, the mean embedding of
+      each entry of `tokens` (a class label's sub-tokens), then drawn tokens; `text`, the tokens of
+      `tokens[0]`, over and over.
     - `vocabulary`: first and last + 1 of the rows to draw from; the paper's are the 5,000 most
       frequent. BERT's own words start at row 1996.
     - `tokens`: token ids for `labels` and `text`.
@@ -141,6 +143,9 @@ class PromptTuning(Transform):
         if self.init_from in ("labels", "text") and not (self.tokens and all(self.tokens)):
             raise ValueError(f"init_from='{self.init_from}' needs tokens=((id, ...), ...)")
 
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
     def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
         """`{path: {"prompt": fp32 (length, width)}}` for the table."""
         del uses
@@ -153,14 +158,7 @@ class PromptTuning(Transform):
     ) -> Params:
         """The parameters with a `PromptTable` in place of the table."""
         del key
-        leaves = flatten(params)
-        return replace(
-            params,
-            {
-                path: PromptTable(leaves[path], at["prompt"], 0, path) if path in leaves else at
-                for path, at in trainable.items()
-            },
-        )
+        return put(params, trainable, self._leaf)
 
     def clash(self, other: Transform) -> str | None:
         """Two prompts would have the same ids, and a prefix may cover a prompt."""
@@ -175,6 +173,14 @@ class PromptTuning(Transform):
     def decoding(self) -> Transform:
         """For steps of generation that read a cache: the prompt is in it already."""
         return Nothing(self)
+
+    def _leaf(self, path: str, table: Any, state: Any) -> PromptTable:
+        if not isinstance(state, Mapping) or "prompt" not in state:
+            raise TargetError(
+                f"the trained state at '{path}' is no prompt: it is of another method"
+            )
+        check_shapes(path, state, {"prompt": (self.length, table.shape[1])})
+        return PromptTable(table, state["prompt"], 0, path)
 
     def _table(self, leaves: dict[str, Any]) -> str:
         found = match(self.targets, leaves)
@@ -248,7 +254,7 @@ def virtual_tokens(
       ids are all 0, since they are not read.
     - `after`, how many tokens stay before them; 1 for encoders whose first token is read.
     - `task`, each row's task: a row of no task (-1) gets its room at the end, masked, so that it
-      runs as it would without.
+      runs as it would without. A batch without an `attention_mask` then gets one.
 
     **Raises:** `ValueError` for a key of that shape that it does not know.
     """
@@ -263,6 +269,7 @@ def virtual_tokens(
     none = None if task is None else jnp.asarray(task)[:, None] < 0
     if none is not None:
         order = jnp.where(none, jnp.arange(t + length), order)
+        batch = {"attention_mask": jnp.ones_like(ids), **batch}
         fill["attention_mask"] = jnp.where(none, 0, 1)
         fill["input_ids"] = jnp.where(none, 0, new)
     out: dict[str, Any] = {}

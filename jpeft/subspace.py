@@ -74,6 +74,9 @@ class Subspace(Transform):
         if self.d < 1:
             raise ValueError(f"a subspace has at least 1 dimension, got {self.d}")
 
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
     def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
         """`{"subspace": Coordinates}`: `theta` zero, `scales` one."""
         del key, uses
@@ -98,7 +101,9 @@ class Subspace(Transform):
     ) -> Params:
         """The parameters, moved: ordinary arrays of their own types."""
         del key
-        at: Coordinates = trainable["subspace"]
+        at = trainable.get("subspace") if isinstance(trainable, Mapping) else None
+        if not isinstance(at, Coordinates):
+            raise TargetError("the trained state has no coordinates: it is of another method")
         leaves = flatten(params)
         chosen = self._chosen(leaves)
         places, m = self._layers(leaves, chosen)

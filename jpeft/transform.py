@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from jpeft._states import check_shapes, put
 from jpeft.leaf import Leaf, dense, wide
 from jpeft.multitask import per_example
-from jpeft.paths import TargetError, flatten, match, replace
+from jpeft.paths import TargetError, flatten, is_array, match
 from jpeft.quantized import Quantized
 from jpeft.uses import Uses
 
@@ -60,7 +61,8 @@ class Transform(abc.ABC):
         a trained state made by `jpeft.stack`, gives each example's number in that stack, or -1 for
         the model as it is. Examples then stand along the first axis of the model's inputs.
 
-        **Raises:** `jpeft.TargetError` when `trainable` belongs to other parameters.
+        **Raises:** `jpeft.TargetError` when `trainable` belongs to other parameters or another
+        transform.
         """
         if task is None:
             return self.place(params, trainable, key)
@@ -92,8 +94,8 @@ class Train(Transform):
     The trained copies are fp32 (fp64 of what is fp64); the model reads them in its own type.
     `Train(r".*")` is full fine-tuning, `Train(r"^classifier/")` a new head.
 
-    **Arguments:** `last`, of parameters that are stacked over layers along their first axis, train
-    only so many layers, the last ones.
+    **Arguments:** `last`, of parameters that are stacked over layers along their first axis, as
+    many in each, train only so many layers, the last ones.
     """
 
     targets: str | Sequence[str]
@@ -103,12 +105,23 @@ class Train(Transform):
         if self.last is not None and self.last < 1:
             raise ValueError(f"last counts layers from the end, at least 1; got {self.last}")
 
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
     def init(self, key: PRNGKeyArray, params: Params, *, uses: Uses | None = None) -> Trainable:
         """`{path: array of the parameter's shape}`, or of its last layers', starting there."""
         del key, uses
         leaves = flatten(params)
+        chosen = match(self.targets, leaves)
+        depths = {leaves[p].shape[:1]: p for p in chosen}
+        if self.last is not None and len(depths) > 1:
+            found = ", ".join(f"'{p}' {tuple(leaves[p].shape)}" for p in depths.values())
+            raise TargetError(
+                f"last={self.last} of the layers along the first axis, but what is matched is not "
+                f"one stack: {found}"
+            )
         trainable: dict[str, Any] = {}
-        for path in match(self.targets, leaves):
+        for path in chosen:
             leaf = leaves[path]
             if isinstance(leaf, Leaf):
                 if isinstance(leaf, Quantized):
@@ -138,17 +151,21 @@ class Train(Transform):
     ) -> Params:
         """The parameters with the trained ones in place, in the model's type."""
         del key
-        leaves = flatten(params)
 
-        def new(path: str, value: Any) -> Any:
-            if path not in leaves:
-                return value
-            value = value.astype(leaves[path].dtype)
+        def rewritten(path: str, leaf: Any, value: Any) -> Any:
+            if not is_array(value):
+                raise TargetError(
+                    f"the trained state at '{path}' is a {type(value).__name__}, no array: it is "
+                    "of another method"
+                )
+            shape = leaf.shape if self.last is None else (self.last, *leaf.shape[1:])
+            check_shapes(path, {"the array": value}, {"the array": shape})
+            value = value.astype(leaf.dtype)
             if self.last is None:
                 return value
-            return jnp.concatenate([dense(leaves[path])[: -self.last], dense(value)])
+            return jnp.concatenate([dense(leaf)[: -self.last], dense(value)])
 
-        return replace(params, {path: new(path, value) for path, value in trainable.items()})
+        return put(params, trainable, rewritten)
 
     def overwrites(self, trainable: Trainable) -> Collection[str]:
         """Every trained parameter."""
@@ -196,6 +213,11 @@ class Chain(Transform):
         self, params: Params, trainable: Trainable, key: PRNGKeyArray | None = None
     ) -> Params:
         """Each transform's rewriting in turn."""
+        if not isinstance(trainable, tuple | list):
+            raise TargetError(
+                f"the trained state is a {type(trainable).__name__}, a chain's is a tuple with a "
+                "state for each transform"
+            )
         if len(trainable) != len(self.transforms):
             raise TargetError(
                 f"the trained state is of {len(trainable)} transforms, the chain has "

@@ -34,6 +34,7 @@ class IA3WithBias(IA3):
         self, params: Params, trainable: Trainable, key: PRNGKeyArray | None = None
     ) -> Params:
         """The parameters with a `Scaled` leaf for every matched kernel, and its bias scaled."""
+        placed = super().place(params, trainable, key)
         leaves = flatten(params)
         new: dict[str, Any] = {}
         for path, s in trainable.items():
@@ -41,7 +42,7 @@ class IA3WithBias(IA3):
             if s.side == "o" and bias in leaves:
                 base = dense(leaves[bias])
                 new[bias] = (base.astype(s.scale.dtype) * s.scale).astype(base.dtype)
-        return replace(super().place(params, trainable, key), new)
+        return replace(placed, new)
 
 
 def _bias(path: str) -> str:

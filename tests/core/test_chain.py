@@ -1,5 +1,7 @@
 """Chains: their order, and the combinations that are refused."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -91,6 +93,26 @@ def test_two_prefixes_side_by_side():
     assert (out[0, :2] == state[0]["bias"].values).all()
     assert (out[0, 2:4] == state[1]["bias"].values).all()
     assert not out[0, 4].any()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        jpeft.Train(["bias$"]),
+        jpeft.Subspace(4, ["bias$"]),
+        jpeft.PromptTuning(2, [TABLE]),
+        jpeft.chain(jpeft.Train(["bias$"]), jpeft.LoRA(2, 4.0, ["kernel"])),
+    ],
+    ids=str,
+)
+def test_a_list_of_targets_hashes(method):
+    assert hash(method) == hash(copy.deepcopy(method))
+
+
+def test_the_last_layers_of_what_is_no_stack_are_refused():
+    params = {"layers": {"scale": jnp.ones((3, 4))}, "final": {"scale": jnp.ones(4)}}
+    with pytest.raises(jpeft.TargetError, match=r"not one stack: .*'layers/scale' \(3, 4\)"):
+        jpeft.Train("scale", last=1).init(jax.random.key(0), params)
 
 
 def test_what_is_no_transform(unchecked):

@@ -63,12 +63,30 @@ def test_the_transform_is_in_the_file(path):
         ),
         (lambda a: a.pop("transform"), "saved without a transform"),
         (lambda a: a["transform"].pop("type"), "a transform has a 'type'"),
+        (lambda a: a["transform"].update(type=3), "there is no transform '3'"),
+        (lambda a: a["transform"].update(rank=0), "LoRA cannot be made: .* at least 1, got 0"),
+        (lambda a: a["transform"].update(axes={"type": "LoRA", "a": 1}), "LoRA has no option 'a'"),
+        (lambda a: a.update(version="new"), "has a damaged header"),
+        (lambda a: a.update(transform=[1]), "a transform has a 'type'"),
     ],
 )
 def test_a_header_that_cannot_be_read(path, change, told):
     edit(path, change)
     with pytest.raises(jpeft.CheckpointError, match=told):
         jpeft.load_transform(path)
+
+
+@pytest.mark.parametrize("header", ["no JSON", "[1]", "7", ""])
+def test_a_header_that_is_no_description(path, header):
+    save_file(load_file(path), path, {"jpeft": header})
+    with pytest.raises(jpeft.CheckpointError, match="has a damaged header: 'jpeft' is"):
+        jpeft.restore(path, PARAMS)
+
+
+def test_a_pattern_may_be_the_word_type():
+    method = jpeft.LoRA(alpha_pattern={"type": 2.0}, axes={"type": "io", "b": "io"})
+    assert from_json(json.loads(json.dumps(to_json(method)))) == method
+    assert from_json(json.loads(json.dumps(to_json(jpeft.chain(method))))) == jpeft.chain(method)
 
 
 def test_json_of_nested_transforms():

@@ -81,6 +81,14 @@ def test_lora_plus_moves_b_by_the_ratio():
         np.testing.assert_allclose(u, -step[group], rtol=1e-4)
 
 
+def test_lora_plus_counts_an_adapters_stacked_biases_as_biases():
+    adapter = jpeft.Adapter(2, "bias", axes={"bias": "bo"})
+    state = adapter.init(jax.random.key(0), {"bias": jnp.zeros((3, 4))})
+    groups = lora_plus_groups(state)["bias"]
+    assert (groups.down, groups.up) == ("a", "a")
+    assert groups.down_bias == groups.up_bias == "b without decay"
+
+
 def test_lora_plus_takes_a_schedule_and_decays_matrices_alone():
     state = {"w": jpeft.Factors(jnp.ones((6, 2)), jnp.ones((2, 8))), "bias": jnp.ones(8)}
     optimiser = jpeft.lora_plus(

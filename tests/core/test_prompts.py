@@ -107,6 +107,10 @@ def test_virtual_tokens():
     np.testing.assert_array_equal(out["input_ids"], [[100, 101, 5, 6, 7], [8, 9, 0, 0, 0]])
     np.testing.assert_array_equal(out["attention_mask"], [[1] * 5, [1, 1, 0, 0, 0]])
     np.testing.assert_array_equal(out["position_ids"], [[0, 1, 2, 3, 4]] * 2)
+    bare = jpeft.virtual_tokens(
+        {"input_ids": batch["input_ids"]}, length=2, task=jnp.array([0, -1])
+    )
+    np.testing.assert_array_equal(bare["attention_mask"], [[1] * 5, [1, 1, 1, 0, 0]])
     with pytest.raises(ValueError, match="what stands at virtual positions of 'extra'"):
         jpeft.virtual_tokens(batch | {"extra": jnp.ones((2, 3))}, length=2)
 
@@ -279,7 +283,7 @@ def test_errors(unchecked):
     state = method.init(jax.random.key(0), model.params)
     with pytest.raises(jpeft.LeafError, match=r"positions 0 to 2, but there are 1 positions: put"):
         jpeft.lift(model.apply)(method.rewrite(model.params, state), zoo.IDS[:, :1])
-    with pytest.raises(jpeft.TargetError, match="has 2 positions, the transform 3"):
+    with pytest.raises(jpeft.TargetError, match=r"values is \(2, .*, not \(3, "):
         jpeft.PrefixTuning(3, KEYS_AND_VALUES).rewrite(model.params, state)
 
 

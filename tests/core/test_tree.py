@@ -137,6 +137,13 @@ def test_an_unused_parameter_is_told():
         jpeft.LoRA(2, 4.0, "idle$").init(jax.random.key(0), params, uses=found)
 
 
+def test_kernels_picked_from_their_stack_are_no_table():
+    params = {"w": jnp.ones((3, 4, 4))}
+    found = jpeft.uses(lambda p, x: x @ jnp.take(p["w"], 1, axis=0), params, jnp.ones((2, 4)))
+    with pytest.raises(jpeft.TargetError, match="'w' is looked up in.*'bio' for a stack"):
+        jpeft.LoRA(1, 1.0, "w").init(jax.random.key(0), params, uses=found)
+
+
 def test_a_kernel_that_is_read_otherwise_is_told_of_axes():
     params = {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}
 
