@@ -16,11 +16,13 @@ from rich.table import Table
 
 from experiments import lora_glue
 from experiments.common import runtime
-from experiments.common.command import claim, command
+from experiments.common.command import command
+from experiments.common.options import one_or_more
 from experiments.common.plots import COLOURS, figure, source_line
 from experiments.common.sweep import (
     Results,
     SweepConfig,
+    begin,
     metric_of,
     refuse,
     runs_of,
@@ -47,7 +49,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Run, print and write the table and the plot."""
     console = console or Console()
     refuse(config, method="lora_glue", task="--tasks", bottleneck="--sizes", top="--layers")
-    claim(config)
+    one_or_more(config, "tasks")
     changes: dict[str, dict[str, Any]] = {}
     for task in config.tasks:
         of = {"task": task}
@@ -56,7 +58,9 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
             changes[f"{task}_adapter_{size}"] = of | {"method": "adapter", "bottleneck": size}
         for k in config.layers:
             changes[f"{task}_top_{k}"] = of | {"method": "top", "top": k}
-    results = sweep(runs_of(config, changes), console, processes=config.processes)
+    runs = runs_of(config, changes)
+    begin(config, runs, console, free=("tasks", "sizes", "layers"))
+    results = sweep(runs, console, processes=config.processes)
     points = {
         kind: [point(config, results, kind, n) for n in numbers]
         for kind, numbers in (("adapter", config.sizes), ("top", config.layers))

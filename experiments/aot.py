@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.command import check_counts, command
+from experiments.common.command import command
 from experiments.common.methods import Method, Sizes
 from experiments.common.numbers import Keep, Optimiser, Precision, Quantised, Stage
+from experiments.common.options import at_least
 from experiments.common.report import COMPILERS, describe_machine, peak_memory, versions, write_json
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Compile, print and write."""
     console = console or Console()
     start = time.perf_counter()
-    check_counts(config, "batch", "sequence", "accumulate", "chunk")
+    at_least(config, batch=1, sequence=1, accumulate=1, chunk=1)
     if config.method in ("head", "top"):
         raise ValueError(f"--method {config.method} is a classifier's: there is no head here")
     found = searched(config, console) if config.search else compiled(config)

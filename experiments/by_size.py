@@ -18,9 +18,10 @@ from typing import Any, Literal
 from rich.console import Console
 
 from experiments.common import by_size_shown, dimensions, runtime
-from experiments.common.command import claim, command
+from experiments.common.command import command
 from experiments.common.family import Member, members
 from experiments.common.loss_curves import rounded, steps_to, windows
+from experiments.common.options import at_least
 from experiments.common.report import (
     describe_machine,
     scored,
@@ -28,7 +29,7 @@ from experiments.common.report import (
     without_folders,
     write_json,
 )
-from experiments.common.sweep import Results, SweepConfig, refuse, runs_of, sweep
+from experiments.common.sweep import Results, SweepConfig, begin, refuse, runs_of, sweep
 
 FIXED = "fixed_prompt"
 
@@ -63,11 +64,11 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     swept = {"model": "--models", "method": "--kind", "dimensions": "--dims"}
     if config.kind == "methods":
         swept |= {"lr": "the methods' own, and --full-lr"}
+    at_least(config, window=1, full_epochs=1)
     if config.kind == "lora_plus" and 1.0 not in config.ratios:
         raise ValueError("--ratios: 1 is what the others are held against")
     refuse(config, lora_plus="--ratios", **swept)
     found = members(config.models, console)
-    claim(config, free=("models", "dims", "lengths", "ratios"))
     by_model = {m: changes(config, m, console) for m in found}
     runs = runs_of(
         config,
@@ -77,6 +78,8 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
             for name, change in own.items()
         },
     )
+    free = ("models", "dims", "lengths", "ratios", "window")
+    begin(config, runs, console, free, config.window if config.kind == "lora_plus" else 1)
     results = sweep(runs, console, lambda name: dimensions.constant, config.processes)
     for name, r in results.items():
         if r["config"]["model"] != runs[name].model:

@@ -15,13 +15,15 @@ from rich.table import Table
 
 from experiments import lora_glue
 from experiments.common import runtime
-from experiments.common.command import claim, command
+from experiments.common.command import command
 from experiments.common.methods import METHODS, Method
 from experiments.common.models import fetch_model
+from experiments.common.options import at_least, one_or_more
 from experiments.common.pipeline import Batches
 from experiments.common.plots import COLOURS, figure, source_line
 from experiments.common.sweep import (
     SweepConfig,
+    begin,
     metric_of,
     refuse,
     runs_of,
@@ -49,12 +51,14 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Run, print and write the table and the plot."""
     console = console or Console()
     refuse(config, method="--methods", lr="lora_glue")
-    claim(config)
+    one_or_more(config, "methods")
+    at_least(config, long_epochs=1)
     changes: dict[str, dict[str, Any]] = {m: {"method": m} for m in config.methods}
     for method in config.long:
         if method in changes and config.long_epochs is not None:
             changes[method]["epochs"] = config.long_epochs
     runs = runs_of(config, changes)
+    begin(config, runs, console, free=("methods",))
     results = sweep(runs, console, processes=config.processes)
     steps = step_costs(config, runs, console)
     rows = {m: row(results[m], m) | steps[m] for m in config.methods}
@@ -77,7 +81,7 @@ def step_costs(
     trainers: dict[str, Any] = {}
     for method, run in runs.items():
         # For as many steps as the run had: it is the run's program, which is compiled already.
-        trainers[method] = lora_glue.trainer_of(run, model, prepared, 0, run.steps(batches))
+        trainers[method] = lora_glue.trainer_of(run, model, 0, run.steps(len(prepared.train)))
     costs = timed_steps(trainers, next(iter(batches)), ROUNDS)
     return {m: {"step_ms": c["ms"], "memory_mib": c["mib"]} for m, c in costs.items()}
 

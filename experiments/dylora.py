@@ -16,12 +16,20 @@ from rich.table import Table
 import jpeft
 from experiments import lora_glue
 from experiments.common import runtime
-from experiments.common.command import claim, command
+from experiments.common.command import command
 from experiments.common.methods import HEAD
 from experiments.common.metrics import evaluate
 from experiments.common.plots import COLOURS, figure, source_line
 from experiments.common.report import mean_and_deviation
-from experiments.common.sweep import SweepConfig, metric_of, refuse, runs_of, sweep, write_result
+from experiments.common.sweep import (
+    SweepConfig,
+    begin,
+    metric_of,
+    refuse,
+    runs_of,
+    sweep,
+    write_result,
+)
 
 KINDS = ("DyLoRA, one run", "LoRA, one run a rank", "LoRA, cut to the rank")
 
@@ -43,16 +51,18 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     ranks = config.ranks or tuple(range(1, config.rank + 1))
     if config.rank not in ranks or not all(1 <= r <= config.rank for r in ranks):
         raise ValueError(f"--ranks are 1 to {config.rank}, that one among them")
-    claim(config)
     changes: dict[str, dict[str, Any]] = {"dylora": {"method": "dylora"}}
     changes |= {f"lora_r{r}": {"method": "lora", "rank": r} for r in ranks}
+
+    runs = runs_of(config, changes)
+    begin(config, runs, console)
 
     def more(name: str) -> lora_glue.More | None:
         if name not in ("dylora", f"lora_r{config.rank}"):
             return None
         return functools.partial(at_ranks, ranks=ranks)
 
-    results = sweep(runs_of(config, changes), console, more, processes=config.processes)
+    results = sweep(runs, console, more, processes=config.processes)
     metric, _ = metric_of(results["dylora"], "dylora")
 
     def by_rank(name: str) -> dict[str, dict[str, float]]:

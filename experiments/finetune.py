@@ -21,11 +21,12 @@ from rich.console import Console
 
 import jpeft
 from experiments.common import bases, runtime
-from experiments.common.command import claim, command
+from experiments.common.command import claim, claimable, command
 from experiments.common.console import bar, held_out_table
 from experiments.common.logs import MetricsLog
 from experiments.common.methods import Method, PromptStart, Sizes
 from experiments.common.numbers import Attention, Keep, Optimiser, Precision, Quantised, Stage
+from experiments.common.options import at_least
 from experiments.common.pairs import Pair, Pairs, PairTask, load_pairs
 from experiments.common.report import describe_machine, peak_memory, versions, write_json
 
@@ -153,24 +154,40 @@ class Config:
         return self.method or ("full" if self.model == "tiny" else "lora")
 
 
-def main(config: Config, console: Console | None = None) -> dict[str, Any]:
-    """Train, score, print and write; returns what `result.json` holds."""
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """The model and the data.
+
+    **Attributes:** `render`, what makes a prompt as the model reads it; `examples` and `held`, the
+    pairs of training and of the held-out data whose loss is taken, as tokens; `left_out`, how many
+    were too long.
+    """
+
+    pairs: Pairs
+    loaded: Loaded
+    render: Render
+    examples: Sequence[Tokens]
+    held: Sequence[Tokens]
+    left_out: int
+
+
+def prepare(config: Config, console: Console) -> Prepared:
+    """Read the data and the model.
+
+    **Raises:** `DataError`, `ModelError`, `CheckpointError`; `ValueError` for what does not suit
+    the model or the devices.
+    """
     import jax
 
     from experiments.common.decoders import TRAINS_THE_MODEL, load
-    from experiments.common.language import batches, encode, packed
-    from experiments.common.loop import train
+    from experiments.common.language import encode
     from experiments.common.models import STRAIGHT
-    from experiments.common.scale import compute_dtype, on_host, remat_of
+    from experiments.common.scale import check_batch, compute_dtype, remat_of
     from experiments.common.scores import SCORES
-    from sharding.cluster import is_main
 
-    console = console or Console()
-    start = time.perf_counter()
-    check(config)
     if config.attention == "cudnn" and jax.default_backend() != "gpu":
         raise ValueError(f"--attention cudnn is for NVIDIA GPUs: this is a {jax.default_backend()}")
-    claim(config)
+    check_batch(config)
     pairs = load_pairs(config.task, config.data)
     if config.generate:
         for name in pairs.metrics:
@@ -195,24 +212,41 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         encode(part, *how)
         for part in (pairs.train[: config.limit], pairs.validation[: config.held_out])
     )
-    left_out = longer + longer_held
     if not examples or not held:
         raise ValueError(f"every pair has more than --length {config.length} tokens: make it more")
+    return Prepared(pairs, loaded, render, examples, held, longer + longer_held)
+
+
+def main(config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Train, score, print and write; returns what `result.json` holds."""
+    from experiments.common.language import batches, packed
+    from experiments.common.loop import train
+    from experiments.common.scale import on_host
+    from sharding.cluster import is_main
+
+    console = console or Console()
+    start = time.perf_counter()
+    check(config)
+    claimable(config)
+    prepared = prepare(config, console)
+    pairs, loaded, left_out = prepared.pairs, prepared.loaded, prepared.left_out
+    examples, held = prepared.examples, prepared.held
     console.print(
         f"{config.task}: {len(examples):,} + {len(held):,} pairs of {pairs.source}"
         + (f"; {left_out:,} longer than {config.length} tokens are left out" if left_out else "")
     )
     rows = packed(examples, config.length) if config.pack else examples
-    about = (two_sided, config.buckets)
+    about = (loaded.two_sided, config.buckets)
     made = batches(rows, loaded.codec, config.batch, config.length, config.seed, *about)
     steps = config.max_steps or config.epochs * made.per_epoch
     trainer = trainer_of(config, loaded, steps)
     uses = trainer.uses()
     shown = jpeft.summary(trainer.transform, trainer.params, uses=uses)
     console.print(str(shown), highlight=False)
+    before = held_out_loss(trainer, trainer.init().trainable, held, loaded, config)
+    claim(config)
     folder = None if config.out is None else config.out / f"seed{config.seed}"
     report = folder if is_main() else None
-    before = held_out_loss(trainer, trainer.init().trainable, held, loaded, config)
     with (
         MetricsLog(report, resume=config.resume, tensorboard=config.tensorboard) as metrics,
         bar(console, config.chosen, steps) as told,
@@ -226,7 +260,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
             trainer, made, folder, log=log, resume=config.resume, save_every=config.save_every
         )
     after = held_out_loss(trainer, state, held, loaded, config)
-    scores, answers = generated(config, trainer, state, pairs, loaded, render)
+    scores, answers = generated(config, trainer, state, pairs, loaded, prepared.render)
     result = {
         "config": dataclasses.asdict(config),
         "data": pairs.source,
@@ -253,7 +287,9 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """**Raises:** `ValueError` for options that do not go together."""
+    """**Raises:** `ValueError` for options that cannot be, or that do not go together."""
+    at_least(config, epochs=1, max_steps=1, batch=1, length=1, buckets=1, limit=1, held_out=1)
+    at_least(config, generate=0, new_tokens=1, beams=1, accumulate=1, save_every=1)
     if "{prompt}" not in config.template:
         raise ValueError("--template has no {prompt}, where the task's prompt is put")
     if config.chat and config.template != "{prompt}":
@@ -322,6 +358,19 @@ def trainer_of(config: Config, loaded: Loaded, steps: int) -> LanguageTrainer:
         virtual=(room, first),
         start=start,
     )
+
+
+def try_out(config: Config, loaded: Loaded) -> None:
+    """Trace what a training of the model begins with, and compute nothing.
+
+    **Raises:** `jpeft.TargetError`, `jpeft.LeafError` and `ValueError` for what would end it there.
+    """
+    import jax
+
+    def begun() -> None:
+        trainer_of(config, loaded, 1)
+
+    jax.eval_shape(begun)
 
 
 def held_out_loss(

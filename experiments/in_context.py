@@ -21,8 +21,9 @@ from typing import Any, Literal
 from rich.console import Console
 
 from experiments.common import in_context_shown, runtime
-from experiments.common.command import check_counts, claim, command
+from experiments.common.command import claim, claimable, command
 from experiments.common.models import fetch_model
+from experiments.common.options import at_least
 from experiments.common.parallel import Call, run_all
 from experiments.common.report import (
     describe_machine,
@@ -95,9 +96,12 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Measure every model, print and write the table and the plot."""
     console = console or Console()
     check(config)
+    if config.out is not None:
+        claimable(config, free=("models",))
     for name in config.models:
         if name != "tiny":
             fetch_model(name, console)
+    load(config.task, config.data)  # what is wrong with it is told before anything is thrown away
     if config.out is not None:
         claim(config, free=("models",))
     if config.processes > 1:
@@ -133,8 +137,7 @@ def check(config: Config) -> None:
     """**Raises:** `ValueError` for options that cannot be."""
     if not config.models or len({last_names(n) for n in config.models}) < len(config.models):
         raise ValueError("--models: one or more, of different names (the last three of a path)")
-    counts = ("sets", "orders", "queries", "pool", "steps", "rows", "batch", "processes")
-    check_counts(config, *counts)
+    at_least(config, sets=1, orders=1, queries=1, pool=1, steps=1, rows=1, batch=1, processes=1)
     if not config.shots or min(config.shots) < 0 or min(config.peft, default=1) < 1:
         raise ValueError("--shots are numbers from 0, --peft from 1")
     count = len(WORDINGS[config.task])

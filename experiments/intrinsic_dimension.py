@@ -14,10 +14,19 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import dimensions, runtime
-from experiments.common.command import claim, command
+from experiments.common.command import command
 from experiments.common.dimensions import KINDS
+from experiments.common.options import at_least, one_or_more
 from experiments.common.plots import COLOURS, figure, source_line
-from experiments.common.sweep import SweepConfig, metric_of, refuse, runs_of, sweep, write_result
+from experiments.common.sweep import (
+    SweepConfig,
+    begin,
+    metric_of,
+    refuse,
+    runs_of,
+    sweep,
+    write_result,
+)
 
 # Aghajanyan et al. 2021, table 1: d90 of MRPC.
 PAPER = {
@@ -40,9 +49,11 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Run, print and write the table and the plot."""
     console = console or Console()
     refuse(config, method="lora_glue", dimensions="--dims")
-    claim(config)
+    one_or_more(config, "dims")
+    at_least(config, full_epochs=1)
     full = {"epochs": config.full_epochs or config.epochs}
     runs = runs_of(config, dimensions.changes(config.dims, full))
+    begin(config, runs, console, free=("dims",))
     results = sweep(runs, console, lambda name: dimensions.constant, config.processes)
     metric, whole = metric_of(results["full"], "full")
     scores = {

@@ -19,7 +19,7 @@ from rich.console import Console
 
 import jpeft
 from experiments.common import bases, runtime
-from experiments.common.command import claim, command
+from experiments.common.command import claim, claimable, command
 from experiments.common.console import bar, result_table
 from experiments.common.logs import MetricsLog
 from experiments.common.methods import (
@@ -34,6 +34,7 @@ from experiments.common.methods import (
 from experiments.common.metrics import evaluate, majority
 from experiments.common.models import fetch_model, machine_layout
 from experiments.common.numbers import Optimiser, Precision, Quantised, Stage
+from experiments.common.options import at_least
 from experiments.common.pipeline import Batches, Shapes, collate, shapes
 from experiments.common.report import (
     describe_machine,
@@ -141,9 +142,9 @@ class Config:
         """The transform of `method`."""
         return RECIPES[self.method].transform(self.sizes)
 
-    def steps(self, batches: Batches) -> int:
-        """Of a training."""
-        return self.max_steps or self.epochs * batches.per_epoch
+    def steps(self, examples: int) -> int:
+        """Of a training on so many."""
+        return self.max_steps or self.epochs * -(-examples // self.batch)
 
     def schedule(self, steps: int, width: int) -> Schedule:
         """The optimiser's course over so many steps, on a model of this width."""
@@ -168,12 +169,32 @@ class Prepared:
     train_shapes: Shapes
     validation_shapes: Shapes
     pad: int
-    vocabulary: int
 
     @property
     def labels(self) -> np.ndarray:
         """Validation's answers."""
         return np.array([r.label for r in self.data.validation])
+
+
+def check(config: Config) -> None:
+    """**Raises:** `ValueError` for options that cannot be, or that do not go together."""
+    at_least(config, epochs=1, max_steps=1, batch=1, length=3, buckets=1, seeds=1)
+    at_least(config, accumulate=1, save_every=1)
+    bases.refuse(config.quantize, config.method)
+
+
+def text_length(config: Config, longest: int) -> int:
+    """Tokens that a text is cut to, of the `longest` that the model reads.
+
+    **Raises:** `ValueError` where virtual tokens leave none.
+    """
+    room = RECIPES[config.method].room(config.sizes)
+    if longest - room < 3:
+        raise ValueError(
+            f"{room} virtual tokens leave {max(0, longest - room)} of the {longest} that the model "
+            "reads for a text: at least 3"
+        )
+    return min(config.length, longest - room)
 
 
 def prepare(config: Config, directory: pathlib.Path) -> Prepared:
@@ -183,10 +204,7 @@ def prepare(config: Config, directory: pathlib.Path) -> Prepared:
     model = read_bert_config(directory)
     data = load(config.task, config.data)
     tokenizer = load_tokenizer(directory)
-    room = RECIPES[config.method].room(config.sizes)
-    length = min(config.length, model.longest - room)
-    if length < 3:
-        raise ValueError(f"the model reads {model.longest} tokens, and --prompt {room} fills them")
+    length = text_length(config, model.longest)
     train, validation = (tokenise(tokenizer, r, length) for r in (data.train, data.validation))
     return Prepared(
         data,
@@ -195,7 +213,6 @@ def prepare(config: Config, directory: pathlib.Path) -> Prepared:
         shapes(train, config.batch, length, config.buckets),
         shapes(validation, 4 * config.batch, length, config.buckets),
         model.pad_token_id,
-        model.vocab_size,
     )
 
 
@@ -220,7 +237,6 @@ def build(config: Config, directory: pathlib.Path, outputs: int, seed: int) -> A
 def trainer_of(
     config: Config,
     model: Any,
-    prepared: Prepared,
     seed: int,
     steps: int,
     like: Programs | None = None,
@@ -236,11 +252,9 @@ def trainer_of(
     if config.quantize is not None:
         params = bases.in_format(params, LINEAR, config.quantize, _uses(apply, params))
     length = RECIPES[config.method].room(config.sizes)
-    room = functools.partial(
-        make_room,
-        length=length,
-        first=prepared.vocabulary if config.method == "prompt" else prepared.pad,
-    )
+    about = model.config
+    first = about.vocab_size if config.method == "prompt" else about.pad_token_id
+    room = functools.partial(make_room, length=length, first=first)
     schedule = config.schedule(steps, model.config.hidden_size)
     return Trainer(
         apply,
@@ -255,6 +269,22 @@ def trainer_of(
         options=called_with(config.method, length),
         like=like,
     )
+
+
+def try_out(config: Config, model: Any) -> None:
+    """Trace what a training of the model begins with, and compute nothing.
+
+    **Raises:** `jpeft.TargetError`, `jpeft.LeafError` and `ValueError` for what would end it there.
+    """
+    import jax
+
+    from experiments.common.scale import check_batch
+
+    def begun() -> None:
+        trainer_of(config, model, 0, 1)
+
+    check_batch(config)
+    jax.eval_shape(begun)
 
 
 def run_seed(
@@ -280,8 +310,8 @@ def run_seed(
     task = prepared.data.task
     model = build(config, directory, max(1, len(task.labels)), seed)
     batches = Batches(prepared.train, prepared.train_shapes, prepared.pad, seed)
-    steps = config.steps(batches)
-    trainer = trainer_of(config, model, prepared, seed, steps, like)
+    steps = config.steps(len(prepared.train))
+    trainer = trainer_of(config, model, seed, steps, like)
     params, transform = trainer.params, trainer.transform
     summary = jpeft.summary(transform, params, uses=trainer.uses())
     if seed == 0:
@@ -359,11 +389,13 @@ def main(
     """Run every seed, print the table, and write `result.json`; returns what it holds."""
     console = console or Console()
     start = time.perf_counter()
-    bases.refuse(config.quantize, config.method)
-    claim(config)
+    check(config)
+    claimable(config)
     directory = fetch_model(config.model, console)
     prepared = prepare(config, directory)
     data = prepared.data
+    try_out(config, build(config, directory, max(1, len(data.task.labels)), 0))
+    claim(config)
     console.print(
         f"{data.task.name}: {len(data.train):,} + {len(data.validation):,} examples, {data.source}"
     )

@@ -6,7 +6,6 @@ Without arguments: ratios 1, 4 and 16 on the sample of this package.
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import sys
 from typing import Any
 
@@ -14,10 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import runtime
-from experiments.common.command import claim, command
-from experiments.common.loss_curves import rounded, windows
+from experiments.common.command import command
+from experiments.common.loss_curves import rounded, steps_to, windows
+from experiments.common.options import at_least, one_or_more
 from experiments.common.plots import COLOURS, figure, source_line
-from experiments.common.sweep import SweepConfig, metric_of, refuse, runs_of, sweep, write_result
+from experiments.common.sweep import (
+    SweepConfig,
+    begin,
+    metric_of,
+    refuse,
+    runs_of,
+    sweep,
+    write_result,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,26 +44,32 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Run, print and write the table and the plot."""
     console = console or Console()
     refuse(config, lora_plus="--ratios", method="lora_glue")
-    claim(config)
+    one_or_more(config, "ratios")
+    at_least(config, window=1)
+    if 1.0 not in config.ratios:
+        raise ValueError("--ratios: 1 is what the others are held against")
     changes = {f"ratio_{ratio:g}": {"lora_plus": ratio} for ratio in config.ratios}
-    results = sweep(runs_of(config, changes), console, processes=config.processes)
+    runs = runs_of(config, changes)
+    begin(config, runs, console, free=("ratios", "window"), window=config.window)
+    results = sweep(runs, console, processes=config.processes)
     rows: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
     for ratio in config.ratios:
         result = results[f"ratio_{ratio:g}"]
         metric, score = metric_of(result, "lora")
         means = windows(result, config.window)
-        last = [x for s in result["seeds"] for x in s["losses"][-config.window :]]
+        curve = curves[f"{ratio:g}"] = means.mean(0)
         rows[f"{ratio:g}"] = {
             "metric": metric,
             "score": score,
-            "curve": rounded(means.mean(0)),
+            "curve": rounded(curve),
             "curves": [rounded(x) for x in means],
-            "last_loss": statistics.fmean(last),
+            "last_loss": float(curve[-1]),
         }
-    base = rows.get("1", next(iter(rows.values())))["last_loss"]
-    for row in rows.values():
-        reached = [i for i, x in enumerate(row["curve"]) if x <= base]
-        row["steps_to_plain_loss"] = (reached[0] + 1) * config.window if reached else None
+    for ratio, curve in curves.items():
+        steps = steps_to(curve, curves["1"][-1], config.window)
+        reached = steps <= len(curve) * config.window
+        rows[ratio]["steps_to_plain_loss"] = steps if reached else None
     result = write_result(config, results, rows=rows)
     console.print(table(rows))
     draw(config, result, rows, console)

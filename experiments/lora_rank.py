@@ -13,9 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import runtime
-from experiments.common.command import claim, command
+from experiments.common.command import command
+from experiments.common.options import one_or_more
 from experiments.common.plots import COLOURS, figure, source_line
-from experiments.common.sweep import SweepConfig, metric_of, refuse, runs_of, sweep, write_result
+from experiments.common.sweep import (
+    SweepConfig,
+    begin,
+    metric_of,
+    refuse,
+    runs_of,
+    sweep,
+    write_result,
+)
 
 WEIGHTS = {
     "q": (r"self/query/kernel$",),
@@ -51,10 +60,10 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Run, print and write the table and the plot."""
     console = console or Console()
     refuse(config, rank="--ranks", targets="--weights", method="lora_glue", alpha="lora_glue")
+    one_or_more(config, "ranks", "weights")
     unknown = [w for w in config.weights if w not in WEIGHTS]
     if unknown:
         raise ValueError(f"--weights {unknown[0]}: there are {', '.join(WEIGHTS)}")
-    claim(config)
     changes = {
         f"{weights.replace(',', '')}_r{rank}": {
             "rank": rank,
@@ -64,7 +73,9 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         for weights in config.weights
         for rank in config.ranks
     }
-    results = sweep(runs_of(config, changes), console, processes=config.processes)
+    runs = runs_of(config, changes)
+    begin(config, runs, console, free=("ranks", "weights"))
+    results = sweep(runs, console, processes=config.processes)
     scores = {
         weights: {
             str(rank): metric_of(results[f"{weights.replace(',', '')}_r{rank}"], "lora")[1]

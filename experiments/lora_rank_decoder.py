@@ -19,7 +19,8 @@ from rich.table import Table
 
 from experiments import finetune
 from experiments.common import runtime
-from experiments.common.command import claim, command
+from experiments.common.command import claim, claimable, command
+from experiments.common.options import at_least, one_or_more
 from experiments.common.parallel import Call, run_all
 from experiments.common.plots import COLOURS, figure, made_on, seeds
 from experiments.common.report import (
@@ -58,8 +59,8 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Run, print and write the table and the plots."""
     console = console or Console()
     check(config)
-    claim(config)
     runs = runs_of(config)
+    begin(config, runs, console)
     if config.processes > 1:
         at_once(runs, config.processes, console)
     results: dict[str, Any] = {}
@@ -108,11 +109,11 @@ def check(config: Config) -> None:
     for name, instead in (swept | {"method": "finetune", "adapter": "finetune"}).items():
         if getattr(config, name) != plain[name]:
             raise ValueError(f"--{name} is set by this experiment, run by run: use {instead}")
+    one_or_more(config, "ranks", "weights")
+    at_least(config, ranks=1, seeds=1, processes=1)
     unknown = [w for w in config.weights if w not in WEIGHTS]
-    if unknown or not config.weights:
+    if unknown:
         raise ValueError(f"--weights {' '.join(unknown)}: there are {', '.join(WEIGHTS)}")
-    if not config.ranks or min(config.ranks) < 1 or config.seeds < 1 or config.processes < 1:
-        raise ValueError("--ranks, --seeds and --processes are at least 1")
     if config.processes > 1 and config.out is None:
         raise ValueError("--processes needs --out: the runs' results come back as files")
 
@@ -131,6 +132,21 @@ def runs_of(config: Config) -> dict[str, finetune.Config]:
                 own["out"] = None if config.out is None else config.out / "runs" / name
                 runs[name] = finetune.Config(**shared | own)
     return runs
+
+
+def begin(config: Config, runs: Mapping[str, finetune.Config], console: Console) -> None:
+    """Claim `--out`, once nothing is left that would end one of the runs before it trains.
+
+    **Raises:** what `finetune.main` does before it trains.
+    """
+    free = ("ranks", "weights", "seeds")  # runs' names tell them
+    claimable(config, free)
+    for run in runs.values():
+        finetune.check(run)
+    loaded = finetune.prepare(next(iter(runs.values())), console).loaded
+    for run in runs.values():
+        finetune.try_out(run, loaded)
+    claim(config, free)
 
 
 def label(weights: str) -> str:

@@ -29,9 +29,10 @@ from experiments.common.accounts import (
     predicted,
     seen_by_one,
 )
-from experiments.common.command import check_counts, command
+from experiments.common.command import command
 from experiments.common.methods import Method, Sizes
 from experiments.common.numbers import Keep, Precision, Stage
+from experiments.common.options import at_least
 from experiments.common.plots import COLOURS, figure
 from experiments.common.report import describe_machine, versions, write_json
 
@@ -131,7 +132,7 @@ def refuse(config: Config) -> None:
         if name not in read:
             told = f"--{name} is not read with --{way}: leave it out"
             raise ValueError(told.replace("_", "-"))
-    check_counts(config, "devices", "accumulate", "batch", "sequence")
+    at_least(config, devices=1, accumulate=1, batch=1, sequence=1)
 
 
 # -- the accounts ----------------------------------------------------------------------------------

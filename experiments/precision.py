@@ -20,11 +20,12 @@ from rich.table import Table
 import jpeft
 from experiments import lora_glue
 from experiments.common import runtime
-from experiments.common.command import check_counts, command, ready
+from experiments.common.command import command, ready
 from experiments.common.console import bar
 from experiments.common.methods import RECIPES, Sizes
 from experiments.common.metrics import evaluate
 from experiments.common.models import fetch_model
+from experiments.common.options import at_least
 from experiments.common.pipeline import Batches
 from experiments.common.plots import COLOURS, figure, made_on
 from experiments.common.report import describe_machine, versions, write_json
@@ -66,7 +67,7 @@ class Config:
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Train in each precision, print and write."""
     console = console or Console()
-    check_counts(config, "steps", "batch", "length")
+    at_least(config, steps=1, batch=1, length=1)
     ready(config.out, config.overwrite)
     directory = fetch_model(config.model, console)
     result: dict[str, Any] = {

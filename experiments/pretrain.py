@@ -24,6 +24,7 @@ from experiments.common.command import claim, command
 from experiments.common.console import bar
 from experiments.common.logs import MetricsLog
 from experiments.common.numbers import Precision, Stage
+from experiments.common.options import at_least, one_or_more
 from experiments.common.pretrain_shown import draw, table
 from experiments.common.pretrain_sizes import FAMILIES, STARTS, Family, Start, shape_of
 from experiments.common.report import describe_machine, peak_memory, versions, write_json
@@ -138,20 +139,12 @@ def check(config: Config) -> pathlib.Path:
     """`--out`. **Raises:** `ValueError` for options that cannot be, before anything is read."""
     if config.out is None:
         raise ValueError("--out is missing: a folder for the models")
-    for what in ("families", "sizes"):
-        names = getattr(config, what)
-        if not names or len({*names}) < len(names):
-            raise ValueError(f"--{what} {' '.join(names)}: one or more, each once")
+    one_or_more(config, "families", "sizes")
     for family in config.families:
         for size in config.sizes:
             shape_of(family, size)
-    least = {"steps": 2, "validation_rows": 1, "save_every": 1, "tokens_per_step": config.length}
-    for name, number in least.items():
-        if getattr(config, name) < number:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(config, name)}: at least {number}")
-    if config.call is not None and config.call < 1:
-        raise ValueError(f"--call {config.call}: at least 1")
+    at_least(config, steps=2, validation_rows=1, save_every=1, call=1)
+    at_least(config, tokens_per_step=config.length)
     wrong = [m for m in config.checkpoints if not 0 <= m <= config.steps]
     if wrong:
         raise ValueError(f"--checkpoints {wrong[0]}: from 0 to the {config.steps} of --steps")

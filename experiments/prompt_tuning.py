@@ -20,12 +20,14 @@ from rich.table import Table
 import jpeft
 from experiments import lora_glue
 from experiments.common import runtime
-from experiments.common.command import claim, command
+from experiments.common.command import command
 from experiments.common.methods import PromptStart
 from experiments.common.models import fetch_model
+from experiments.common.options import at_least, one_or_more
 from experiments.common.plots import COLOURS, figure, source_line
 from experiments.common.sweep import (
     SweepConfig,
+    begin,
     metric_of,
     refuse,
     runs_of,
@@ -50,12 +52,14 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Run, print and write the table and the plot."""
     console = console or Console()
     refuse(config, method="lora_glue", prompt="--lengths", prompt_start="--starts")
-    claim(config)
+    one_or_more(config, "lengths", "starts")
+    at_least(config, full_epochs=1)
     full = {"method": "full", "epochs": config.full_epochs or config.epochs, "lr": None}
     changes: dict[str, dict[str, Any]] = {"full": full, "head": {"method": "head", "lr": None}}
     for start in config.starts:
         for n in config.lengths:
             changes[f"{start}_{n}"] = {"method": "prompt", "prompt": n, "prompt_start": start}
+    begin(config, runs_of(config, changes), console, free=("lengths", "starts"))
     with tempfile.TemporaryDirectory() as scratch:
         # The trained prompts are read again: without a folder they get one until then.
         out = config.out or pathlib.Path(scratch)
@@ -96,7 +100,7 @@ def mixed(runs: list[lora_glue.Config], console: Console) -> dict[str, Any]:
     directory = fetch_model(first.model, console)
     prepared = lora_glue.prepare(first, directory)
     model = lora_glue.build(first, directory, max(1, len(prepared.data.task.labels)), 0)
-    trainer = lora_glue.trainer_of(first, model, prepared, 0, 1)
+    trainer = lora_glue.trainer_of(first, model, 0, 1)
     like = trainer.init().trainable
 
     def trained(run: lora_glue.Config) -> Any:

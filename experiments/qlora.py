@@ -15,14 +15,23 @@ from rich.table import Table
 
 from experiments import lora_glue
 from experiments.common import qlora_account, runtime
-from experiments.common.command import claim, command, ready
+from experiments.common.command import command, ready
 from experiments.common.methods import LINEAR
 from experiments.common.models import fetch_model
 from experiments.common.numbers import Quantised
+from experiments.common.options import one_or_more
 from experiments.common.pipeline import Batches
 from experiments.common.plots import COLOURS, figure, source_line
 from experiments.common.report import COMPILERS, describe_machine, versions, write_json
-from experiments.common.sweep import SweepConfig, metric_of, refuse, runs_of, sweep, write_result
+from experiments.common.sweep import (
+    SweepConfig,
+    begin,
+    metric_of,
+    refuse,
+    runs_of,
+    sweep,
+    write_result,
+)
 from experiments.common.timing import timed_steps
 
 ROUNDS = 10
@@ -52,14 +61,10 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
             "--topology is of --report-65b: training runs on the devices that are here"
         )
     refuse(config, quantize="--formats")
-    if len(set(config.formats)) != len(config.formats) or not config.formats:
-        raise ValueError(f"--formats are one or more, each once; got {config.formats}")
-    claim(config)
-    results = sweep(
-        runs_of(config, {f: {"quantize": f} for f in config.formats}),
-        console,
-        processes=config.processes,
-    )
+    one_or_more(config, "formats")
+    runs = runs_of(config, {f: {"quantize": f} for f in config.formats})
+    begin(config, runs, console, free=("formats",))
+    results = sweep(runs, console, processes=config.processes)
     costs = step_costs(config, console)
     rows: dict[str, dict[str, Any]] = {}
     for name in config.formats:
@@ -79,9 +84,7 @@ def step_costs(config: Config, console: Console) -> dict[str, dict[str, float]]:
     prepared = lora_glue.prepare(config, directory)
     model = lora_glue.build(config, directory, max(1, len(prepared.data.task.labels)), 0)
     trainers = {
-        name: lora_glue.trainer_of(
-            dataclasses.replace(config, quantize=name), model, prepared, 0, 1000
-        )
+        name: lora_glue.trainer_of(dataclasses.replace(config, quantize=name), model, 0, 1000)
         for name in config.formats
     }
     batches = Batches(prepared.train, prepared.train_shapes, prepared.pad, 0)

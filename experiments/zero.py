@@ -16,8 +16,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.command import check_counts, command, ready
+from experiments.common.command import command, ready
 from experiments.common.numbers import Stage
+from experiments.common.options import at_least
 from experiments.common.plots import COLOURS, figure
 from experiments.common.report import COMPILERS, describe_machine, versions, write_json
 
@@ -53,7 +54,7 @@ class Config:
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Count, compile, print, draw and write."""
     console = console or Console()
-    check_counts(config, "width", "layers", "rows", "devices")
+    at_least(config, width=1, layers=1, rows=1, devices=1)
     ready(config.out, config.overwrite)
     counts = dict.fromkeys((*config.devices, WALKERS))
     shares = {str(s): {str(n): share(config, s, n) for n in counts} for s in STAGES}

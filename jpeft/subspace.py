@@ -92,7 +92,7 @@ class Subspace(Transform):
         if self.d <= m:
             raise TargetError(
                 f"d={self.d} leaves nothing beside the {m} scales (one a {self.scales}): choose a "
-                f"larger d, or scales='none'"
+                "larger d, or a subspace without scales"
             )
         return {"subspace": Coordinates(jnp.zeros(self.d - m), jnp.ones(m) if m else None)}
 

@@ -65,15 +65,6 @@ def command(
     return 0
 
 
-def check_counts(config: Any, *names: str) -> None:
-    """**Raises:** `ValueError` for one of these options below 1, or a value of it."""
-    for name in names:
-        given = getattr(config, name)
-        for value in given if isinstance(given, tuple) else (given,):
-            if value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
-
-
 def ready(out: pathlib.Path | None, overwrite: bool) -> None:
     """Make a folder for a result that one go makes. **Raises:** `ValueError` where one stands."""
     if out is None:
@@ -87,28 +78,22 @@ def _as_json(options: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(options, default=str))
 
 
-def claim(config: Any, free: Sequence[str] = ()) -> None:
-    """Make `--out` ready; with --resume for what it holds, if it holds anything.
+def claimable(config: Any, free: Sequence[str] = ()) -> None:
+    """Look whether `--out` can be claimed, and change nothing.
 
-    **Arguments:** `free`, what may change with --resume, since runs' names tell it.
-
-    **Raises:** `ValueError` for one that holds a run not to be lost.
+    **Raises:** as `claim`.
     """
-    from sharding.cluster import barrier, is_main
-
     if config.out is None:
         if config.resume or config.tensorboard:
             raise ValueError("--resume and --tensorboard need --out")
         return
+    if config.resume and config.overwrite:
+        raise ValueError("--resume goes on with what --out holds, and --overwrite throws it away")
     out: pathlib.Path = config.out
     stamp = out / "config.json"
-    now = _as_json(dataclasses.asdict(config))
     begun, finished = stamp.exists(), (out / "result.json").exists()
-    barrier("claim")  # every process has looked; the first one writes
-    if config.overwrite and begun and is_main():
-        for path in [*out.glob("seed*"), out / "runs", stamp, out / "result.json"]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if config.resume and begun:
+        now = _as_json(dataclasses.asdict(config))
         # An option that came after the run began had its default then.
         before = _as_json({f.name: f.default for f in dataclasses.fields(config)})
         before |= json.loads(stamp.read_text())
@@ -122,9 +107,32 @@ def claim(config: Any, free: Sequence[str] = ()) -> None:
         raise ValueError(f"{out} holds a finished run: pass --overwrite, or another --out")
     elif begun and not config.overwrite:
         raise ValueError(f"{out} holds an unfinished run: pass --resume, or --overwrite")
-    else:
+
+
+def claim(config: Any, free: Sequence[str] = ()) -> None:
+    """Make `--out` ready; with --resume for what it holds, if it holds anything.
+
+    It is for when all is read and training is to begin: `claimable` can be asked at the start.
+
+    **Arguments:** `free`, what may change with --resume, since runs' names tell it.
+
+    **Raises:** `ValueError` for one that holds a run not to be lost.
+    """
+    from sharding.cluster import barrier, is_main
+
+    claimable(config, free)
+    if config.out is None:
+        return
+    out: pathlib.Path = config.out
+    stamp = out / "config.json"
+    begun = stamp.exists()
+    barrier("claim")  # every process has looked; the first one writes
+    if config.overwrite and begun and is_main():
+        for path in [*out.glob("seed*"), out / "runs", stamp, out / "result.json"]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if not (config.resume and begun):
         if config.resume and is_main():
             print(f"--resume: {out} holds no run, so one begins", file=sys.stderr)
         out.mkdir(parents=True, exist_ok=True)
-        write_json(stamp, now)
+        write_json(stamp, _as_json(dataclasses.asdict(config)))
     barrier("claimed")

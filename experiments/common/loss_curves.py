@@ -9,15 +9,20 @@ import numpy as np
 from jaxtyping import Float
 
 
+def fits(window: int, steps: int) -> None:
+    """**Raises:** `ValueError` for a run of fewer steps than a window has."""
+    if window > steps:
+        raise ValueError(f"--window {window}: a run has {steps} steps; take fewer a point")
+
+
 def windows(result: Mapping[str, Any], window: int) -> Float[np.ndarray, "seeds windows"]:
     """The mean loss of every `window` steps of a run, by seed.
 
-    **Raises:** `ValueError` for a run of fewer steps.
+    **Raises:** as `fits`.
     """
     each = np.asarray([s["losses"] for s in result["seeds"]])
+    fits(window, each.shape[1])
     count = each.shape[1] // window
-    if not count:
-        raise ValueError(f"--window {window}: a run has {each.shape[1]} steps; take fewer a point")
     return each[:, : count * window].reshape(len(each), count, window).mean(2)
 
 

@@ -82,6 +82,19 @@ def scale_of(config: Any) -> Scale:
     return Scale(config.mesh, config.stage, *numbers)
 
 
+def check_batch(config: Any) -> None:
+    """**Raises:** `ValueError` for rows that devices, or a batch's parts, cannot share evenly."""
+    if config.batch % config.accumulate:
+        raise ValueError(
+            f"--accumulate {config.accumulate}: a batch of {config.batch} rows has no such parts, "
+            "all equal"
+        )
+    zero = scale_of(config).zero()
+    if zero is not None:
+        part = jax.ShapeDtypeStruct((config.batch // config.accumulate,), jnp.int32)
+        zero.batch({"labels": part})
+
+
 def remat_of(remat: bool, keep: Keep) -> Any:
     """What models take as `remat`. **Raises:** `ValueError` for --keep without --remat."""
     if not remat and keep != "nothing":

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from rich.console import Console
 
 from experiments import lora_glue
-from experiments.common.command import check_counts
+from experiments.common import tasks
+from experiments.common.command import claim, claimable
+from experiments.common.loss_curves import fits
 from experiments.common.models import fetch_model
+from experiments.common.options import at_least
 from experiments.common.parallel import Call, run_all
 from experiments.common.report import (
     describe_machine,
@@ -23,6 +27,7 @@ from experiments.common.report import (
     without_folders,
     write_json,
 )
+from experiments.common.tokens import load_tokenizer
 
 Results = dict[str, dict[str, Any]]
 
@@ -33,15 +38,18 @@ class SweepConfig(lora_glue.Config):
 
     processes: int = 1
     """So many runs at once, each in a process of its own, on the same device."""
+    baseline: bool = True
+    """Of `lora_glue` alone: no run of a sweep trains that head."""
 
 
 def refuse(config: SweepConfig, **swept: str) -> None:
     """**Raises:** `ValueError` for an option of `lora_glue` that the experiment sets itself, and
-    for `--processes` that cannot be.
+    for numbers and `--processes` that cannot be.
 
     **Arguments:** `swept`, the option's name and what to use in its place.
     """
-    check_counts(config, "processes")
+    lora_glue.check(config)
+    at_least(config, processes=1)
     if config.processes > 1 and config.out is None:
         raise ValueError("--processes needs --out: the runs' results come back as files")
     if config.processes > 1 and config.mesh is not None:
@@ -68,6 +76,38 @@ def runs_of(
         return lora_glue.Config(**own)
 
     return {name: one(name, change) for name, change in changes.items()}
+
+
+def begin(
+    config: SweepConfig,
+    runs: Mapping[str, lora_glue.Config],
+    console: Console,
+    free: Sequence[str] = (),
+    window: int = 1,
+) -> None:
+    """Claim `--out`, once nothing is left that would end one of the runs before it trains.
+
+    **Arguments:** `free`, see `claim`; `window`, see `loss_curves`.
+
+    **Raises:** what `lora_glue.main` does before it trains.
+    """
+    claimable(config, free)
+    rows = functools.cache(tasks.load)
+
+    @functools.lru_cache(1)  # the runs of a model come one after another
+    def model(name: str, outputs: int) -> Any:
+        directory = fetch_model(name, console)
+        load_tokenizer(directory)
+        return lora_glue.build(config, directory, outputs, 0)
+
+    for run in runs.values():
+        lora_glue.check(run)
+        data = rows(run.task, run.data)
+        fits(window, run.steps(len(data.train)))
+        built = model(run.model, max(1, len(data.task.labels)))
+        lora_glue.text_length(run, built.config.longest)
+        lora_glue.try_out(run, built)
+    claim(config, free)
 
 
 def sweep(

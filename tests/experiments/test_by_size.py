@@ -10,13 +10,14 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from experiments import by_size, lora_glue
+from experiments import by_size
 from experiments.common.family import member, members
 from experiments.common.models import ModelError
 from experiments.common.report_command import command_of
 from experiments.common.report_read import Result
 from jpeft.hf import CheckpointError, save_model
 from jpeft.models.llama import Llama, LlamaConfig
+from tests.experiments.pretended import pretend
 from tests.tiny import write_model, write_task
 
 pytestmark = pytest.mark.slow  # a real run trains a few times
@@ -52,25 +53,6 @@ def run(**options):
     said = io.StringIO()
     result = by_size.main(by_size.Config(**options), Console(file=said, width=200))
     return result, said.getvalue()
-
-
-def pretend(monkeypatch, score, losses=lambda config, seed: []):
-    """Runs that are not run, with a `score(config, seed)` and losses."""
-    seen = {}
-
-    def run_seed(config, directory, prepared, seed, *rest):
-        seen[config.out.name] = config
-        found = {
-            "seed": seed,
-            "validation": {"accuracy": score(config, seed)},
-            "tokens_per_second": 1.0,
-            "constant": {"accuracy": 0.5},
-            "losses": losses(config, seed),
-        }
-        return found, None
-
-    monkeypatch.setattr(lora_glue, "run_seed", run_seed)
-    return seen
 
 
 def test_names_sizes_and_steps(family):
@@ -168,8 +150,11 @@ def test_lora_plus_by_width(family, made, monkeypatch):
         assert (made["out"] / "lora_plus_by_width.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="1 is what the others are held against"):
         run(**made | {"ratios": (4, 16)}, models=(family[0],))
-    with pytest.raises(ValueError, match="--window 20: a run has 12 steps"):
+    with pytest.raises(ValueError, match="--window 20: a run has 5 steps"):
         run(**made | {"window": 20, "overwrite": True}, models=(family[0],))
+    assert (made["out"] / "result.json").exists()
+    again, _ = run(**made | {"window": 4, "resume": True}, models=(family[0],))
+    assert [len(c) for c in again["models"][0]["ratios"]["4"]["curves"]] == [3, 3]
 
 
 def test_a_real_run(family, made):

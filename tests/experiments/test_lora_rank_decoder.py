@@ -83,7 +83,9 @@ def test_every_run_is_one_of_finetune():
         ({"seed": 1}, "use --seeds"),
         ({"method": "full"}, "use finetune"),
         ({"weights": ("q,k",)}, "--weights q,k: there are q, q,v, q,k,v,o"),
-        ({"ranks": ()}, "at least 1"),
+        ({"ranks": ()}, "--ranks: one or more"),
+        ({"ranks": (0,)}, "--ranks 0: at least 1"),
+        ({"ranks": (1, 65)}, "rank 65 is above the size"),
         ({"processes": 2}, "--processes needs --out"),
     ],
 )

@@ -122,9 +122,9 @@ def test_a_sweep_in_processes_has_the_same_results(made, tmp_path):
 
 
 def test_failed_runs_are_named(made):
-    config = SweepConfig(**made | {"length": 2})
+    config = SweepConfig(**made | {"accumulate": 3})
     with pytest.raises(
-        FailedCallsError, match=r"1 of 1 runs failed\n--- long: ValueError: the mod"
+        FailedCallsError, match=r"1 of 1 runs failed\n--- long: ValueError: --accumulate 3"
     ):
         sweep(runs_of(config, {"long": {}}), Console(file=io.StringIO()), processes=2)
 

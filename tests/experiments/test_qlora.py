@@ -47,9 +47,8 @@ def test_every_base_is_compared(places, tmp_path):
 
 def test_the_base_stays_quantised_while_it_is_trained_on(places):
     config = lora_glue.Config(**options(places, quantize="nf4", optimiser="adamw8bit"))
-    prepared = lora_glue.prepare(config, places[0])
     model = lora_glue.build(config, places[0], 2, 0)
-    trainer = lora_glue.trainer_of(config, model, prepared, 0, 3)
+    trainer = lora_glue.trainer_of(config, model, 0, 3)
     kinds = {type(x) for p, x in trainer.frozen.items() if p.endswith("kernel")}
     assert jpeft.Quantized in kinds
     sizes = {x.dtype.name for x in jax.tree.leaves(trainer.frozen) if x.ndim == 3}

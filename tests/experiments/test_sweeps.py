@@ -98,7 +98,7 @@ def test_every_method_has_a_step(method, made):
     directory = pathlib.Path(config.model)
     prepared = lora_glue.prepare(config, directory)
     model = lora_glue.build(config, directory, 2, 0)
-    trainer = lora_glue.trainer_of(config, model, prepared, 0, 5)
+    trainer = lora_glue.trainer_of(config, model, 0, 5)
     state = trainer.step.abstract(jax.eval_shape(trainer.first, jpeft.functional(model)[1]))
     trained = sum(x.size for x in jax.tree.leaves(state.trainable))
     assert trained == 40 if method in ("subspace", "said") else trained > 0
