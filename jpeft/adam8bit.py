@@ -55,7 +55,7 @@ def scale_by_adam8bit(
     **Arguments:**
 
     - `block`, the numbers of a block.
-    - `smallest`, parameters of fewer elements keep fp32 moments.
+    - `smallest`, parameters of fewer elements keep fp32 moments, and scalars do.
     - `shards`, how many devices an axis may be split over (those of a mesh's axes `fsdp` and
       `tensor`): blocks end where a device's part ends, so that nothing is gathered.
     - `stacked`, a pattern of paths whose first axis is the layers', as `sharding.Zero`'s.
@@ -72,7 +72,7 @@ def scale_by_adam8bit(
 
     def init(params: Any) -> Adam8bitState:
         def zeros(path: Any, p: Any) -> tuple[Any, ...]:
-            if p.size < smallest:
+            if p.size < max(smallest, 1) or not p.ndim:
                 return jnp.zeros(p.shape, jnp.float32), jnp.zeros(p.shape, jnp.float32), None, None
             split = layers(path, p.shape)
             zero = jnp.zeros(p.shape[1:] if split else p.shape, jnp.float32)

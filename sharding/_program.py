@@ -21,6 +21,12 @@ def traced(fun: Callable[..., Any], *args: Any) -> tuple[Any, Sequence[Any], Any
     return program, consts, jax.tree.structure(shape)
 
 
+def typed(x: Any) -> jax.ShapeDtypeStruct:
+    """What a program is traced for in an array's place, wherever the array is."""
+    weak = bool(getattr(x, "weak_type", False))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak)
+
+
 def opened(jaxpr: Any) -> tuple[jex.Jaxpr, Sequence[Any]]:
     """The program and its constants, from a closed or an open jaxpr."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())

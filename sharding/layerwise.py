@@ -1,20 +1,22 @@
 """An optimiser's update a layer at a time, where the parameters of all layers are stacked.
 
 In a loop over the layers only one layer's moments have to be on the device: the compiler keeps the
-loop's order, where it takes copies of whole arrays out of any order that a program gives them.
+loop's order, where it takes copies of whole arrays out of any order that a program gives them. The
+update is that of the stacked arrays, equation by equation: an optimiser may look at shapes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend import core as jex
 
-from sharding._program import opened, shape_of, traced
+from sharding._program import bind, named_like, opened, shape_of, traced, typed
 
 # Primitives whose results at a place are made of their operands at that place.
 ELEMENTWISE = frozenset(
@@ -26,7 +28,10 @@ ELEMENTWISE = frozenset(
         *("shift_left", "shift_right_arithmetic", "shift_right_logical", "stop_gradient"),
     )
 )
-_INSIDE = ("jaxpr", "call_jaxpr")
+# Primitives that run a program of their own once, on their operands.
+CALLS = frozenset(
+    ("jit", "pjit", "closed_call", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+)
 
 
 def by_layers(
@@ -39,7 +44,7 @@ def by_layers(
     stacked: str,
 ) -> tuple[Any, Any] | None:
     """The new parameters and state, or None for an optimiser that is not elementwise, or a tree
-    without stacked layers.
+    without stacked layers. What an optimiser makes of shapes it makes of the stacked arrays'.
 
     **Arguments:** `finite`, False for a step that is skipped; `moved`, by path, which arrays of the
     state are in the host's memory; `stacked`, a pattern of paths whose first axis is the layers'.
@@ -51,17 +56,14 @@ def by_layers(
     if layers < 2:
         return None
     in_loop, outside = _only(params, inside), _only(params, set(shapes) - inside)
-    whole, apart = (flat(jax.eval_shape(optimiser.init, t)) for t in (in_loop, outside))
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), in_loop)
-    layer = flat(jax.eval_shape(optimiser.init, one))
-    values = flat(state)
-    if set(layer) != set(whole) or set(whole) | set(apart) != set(values):
+    like, state_like = (jax.eval_shape(optimiser.init, t) for t in (in_loop, outside))
+    whole, apart, values = flat(like), flat(state_like), flat(state)
+    sliced = {p for p, x in whole.items() if x.shape}
+    if set(whole) | set(apart) != set(values) or any(whole[p].shape[0] != layers for p in sliced):
         return None
-    sliced = {p for p, x in whole.items() if x.shape != layer[p].shape}
-    if any(whole[p].shape != (layers, *layer[p].shape) for p in sliced):
-        return None
-    like = jax.eval_shape(optimiser.init, one)
-    if not _is_elementwise(optimiser, one, like):
+    given = _filled(in_loop, flat(grads)), _filled(like, values), in_loop
+    program, consts, out = traced(optimiser.update, *jax.tree.map(typed, given))
+    if not _is_elementwise(program, consts, layers):
         return None
     device, host = jax.memory.Space.Device, jax.memory.Space.Host
 
@@ -76,7 +78,6 @@ def by_layers(
     if apart:
         own = _filled(outside, shapes)
         before = {p: there(p, values[p], device) for p in apart}
-        state_like = jax.eval_shape(optimiser.init, outside)
         gradients = _filled(outside, flat(grads))
         updates, after = optimiser.update(gradients, _filled(state_like, before), own)
         results |= flat(kept(optax.apply_updates(own, updates), own))
@@ -86,9 +87,10 @@ def by_layers(
         params, state, _ = carry
         mine, moments = _layer(params, i), _layer(state, i)
         moments = {p: there(p, x, device) for p, x in moments.items()}
-        own = _filled(one, mine)
-        gradients = _filled(one, _layer({p: flat(grads)[p] for p in inside}, i))
-        updates, after = optimiser.update(gradients, _filled(like, moments | shared), own)
+        own = _filled(in_loop, mine)
+        gradients = _filled(in_loop, _layer({p: flat(grads)[p] for p in inside}, i))
+        leaves = jax.tree.leaves((gradients, _filled(like, moments | shared), own))
+        updates, after = jax.tree.unflatten(out, _of_a_layer(program, consts, leaves))
         made, found = flat(kept(optax.apply_updates(own, updates), own)), flat(after)
         moments = kept({p: found[p] for p in sliced}, moments)
         moments = {p: there(p, x, host) for p, x in moments.items()}
@@ -111,22 +113,46 @@ def _put(arrays: Mapping[str, Any], layer: Mapping[str, Any], i: Any) -> dict[st
     return {p: put(x, layer[p], i, 0) for p, x in arrays.items()}
 
 
-def _is_elementwise(optimiser: optax.GradientTransformation, params: Any, state: Any) -> bool:
-    """Whether every operation on arrays acts on each place alone."""
-    program, _, _ = traced(optimiser.update, params, state, params)
-    return _all_elementwise(program)
+def _is_elementwise(program: jex.Jaxpr, consts: Sequence[Any], layers: int) -> bool:
+    """Whether every operation on arrays acts on each place alone, and all arrays have layers."""
+
+    def fine(eqn: jex.JaxprEqn) -> bool:
+        name = eqn.primitive.name
+        if name in CALLS:
+            return _is_elementwise(*opened(_inside(eqn)), layers)
+        arrays = [v for v in (*eqn.invars, *eqn.outvars) if shape_of(v)]
+        if any(isinstance(v, jex.Literal) or shape_of(v)[0] != layers for v in arrays):
+            return False
+        filled = name == "broadcast_in_dim" and not shape_of(eqn.invars[0])
+        return not arrays or filled or name in ELEMENTWISE
+
+    return not any(jnp.shape(x) for x in consts) and all(fine(eqn) for eqn in program.eqns)
 
 
-def _all_elementwise(program: Any) -> bool:
-    def fine(eqn: Any) -> bool:
-        inner = next((eqn.params[k] for k in _INSIDE if k in eqn.params), None)
-        if inner is not None:
-            return _all_elementwise(opened(inner)[0])
-        of_numbers = not any(shape_of(v) for v in (*eqn.invars, *eqn.outvars))
-        filled = eqn.primitive.name == "broadcast_in_dim" and not shape_of(eqn.invars[0])
-        return of_numbers or filled or eqn.primitive.name in ELEMENTWISE
+def _of_a_layer(program: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """What an elementwise program of stacked arrays gives for one layer of them."""
+    names = (*program.constvars, *program.invars)
+    values: dict[Any, Any] = dict(zip(names, (*consts, *args), strict=True))
 
-    return all(fine(eqn) for eqn in program.eqns)
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else values[atom]
+
+    for eqn in program.eqns:
+        operands, shape = [read(a) for a in eqn.invars], shape_of(eqn.outvars[0])
+        with named_like(eqn):
+            if eqn.primitive.name in CALLS:
+                outs = _of_a_layer(*opened(_inside(eqn)), operands)
+            elif eqn.primitive.name == "broadcast_in_dim" and shape:
+                outs = [jnp.broadcast_to(operands[0], shape[1:])]
+            else:
+                outs = bind(eqn, operands)
+        values |= dict(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in program.outvars]
+
+
+def _inside(eqn: jex.JaxprEqn) -> Any:
+    """The program that a call runs."""
+    return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
 
 
 def flat(tree: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend import core as jex
 
-from sharding._program import bind, named_like, traced
+from sharding._program import bind, named_like, traced, typed
 from sharding.layerwise import by_layers, flat
 
 HOST = "pinned_host"
@@ -81,10 +81,9 @@ def offloaded(
             updates, state = inner.update(grads, state, params, **extra)
             return state, updates
 
-        old, structure = jax.tree.flatten(state)
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=_weak(x)) for x in old]
+        old = jax.tree.leaves(state)
         others = (grads, params, extra)
-        program, consts, out = traced(alone, jax.tree.unflatten(structure, shapes), *others)
+        program, consts, out = traced(alone, jax.tree.map(typed, state), *others)
         stages = _stages(program, [x.size >= smallest for x in old])
         values = dict(zip(program.constvars, consts, strict=True))
         values |= dict(zip(program.invars, [*old, *jax.tree.leaves(others)], strict=True))
@@ -174,7 +173,3 @@ def on_host(optimiser: optax.GradientTransformation, params: Any) -> Any:
     program, _, out = traced(optimiser.init, params)
     host = jax.memory.Space.Host
     return jax.tree.unflatten(out, [v.aval.memory_space == host for v in program.outvars])
-
-
-def _weak(x: Any) -> bool:
-    return bool(getattr(x, "weak_type", False))

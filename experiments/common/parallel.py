@@ -59,10 +59,12 @@ def run_all(calls: Mapping[str, Call], processes: int, console: Console) -> None
     on. Ctrl-C and SIGTERM are passed on to the workers as SIGTERM, and waited for.
 
     **Raises:** `FailedCallsError` when all have ended and some failed; `InterruptedRunError` after
-    a signal.
+    a signal; `ValueError` for fewer than one process.
     """
     from sharding import stop_on_signals
 
+    if calls and processes < 1:
+        raise ValueError(f"processes is how many calls are made at once, at least 1: {processes}")
     waiting = collections.deque(calls.items())
     idle: list[_Worker] = []
     busy: dict[str, _Worker] = {}

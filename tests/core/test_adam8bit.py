@@ -363,3 +363,14 @@ def test_bitsandbytes_reaches_it_too():
         theirs.step()
     assert theirs.state[w]["state1"].dtype == torch.uint8
     assert regressed(adamw8bit(SCHEDULE), *problem) == pytest.approx(loss.item(), rel=0.01)
+
+
+def test_scalars_and_empty_arrays_keep_moments_in_fp32():
+    params = {"scalar": jnp.float32(1), "empty": jnp.zeros((0, 4)), "vector": jnp.ones(4)}
+    optimiser = scale_by_adam8bit(smallest=0)
+    state = optimiser.init(params)
+    updates, state = optimiser.update(params, state)
+    assert state.mu["scalar"].dtype == state.mu["empty"].dtype == jnp.float32
+    assert state.mu["vector"].dtype == jnp.uint8
+    np.testing.assert_allclose(updates["scalar"], 1, rtol=1e-5)
+    assert updates["empty"].shape == (0, 4)

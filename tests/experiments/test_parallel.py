@@ -148,3 +148,9 @@ def test_processes_that_cannot_be_are_refused(made, options, told):
     with pytest.raises(ValueError, match=told):
         intrinsic_dimension.main(config, Console(file=io.StringIO()))
     assert made["out"] is None or not made["out"].exists()
+
+
+def test_no_process_makes_no_call(tmp_path):
+    with pytest.raises(ValueError, match="processes is how many .* at least 1: 0"):
+        run_all(calls_of(tmp_path, a=None), 0, Console(quiet=True))
+    run_all({}, 0, Console(quiet=True))

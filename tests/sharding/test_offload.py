@@ -22,8 +22,12 @@ PARAMS = {
     "head": jax.random.normal(KEYS[2], (WIDTH, 3)),
 }
 ADAM = optax.adamw(optax.linear_schedule(1e-2, 0.0, 10))
+MATRICES = optax.adamw(
+    1e-2, weight_decay=0.5, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
+)
 OPTIMISERS = {
     "adamw": (ADAM, None),
+    "decay of matrices": (MATRICES, None),
     "masters": (jpeft.master_weights(ADAM), jnp.bfloat16),
     "8 bits": (jpeft.adamw8bit(1e-2, smallest=64), None),
     "a norm over all": (optax.chain(optax.clip_by_global_norm(0.1), ADAM), None),
@@ -103,13 +107,25 @@ def test_layer_by_layer_only_where_layers_are_independent():
         finite = jnp.bool_(True)
         return by_layers(optimiser, grads, state, params, finite, moved, r"(^|/)layers/")
 
+    def one_after_another(updates, state, params=None):
+        def add(total, x):
+            return total + x, total + x
+
+        def along(x):
+            return jax.lax.scan(add, jnp.zeros(x.shape[1:]), x)[1]
+
+        return jax.tree.map(along, updates), state
+
     assert layers(ADAM) is not None
+    assert layers(MATRICES) is not None
     assert layers(OPTIMISERS["masters"][0]) is not None
     for name in ("a norm over all", "8 bits"):
         assert layers(OPTIMISERS[name][0]) is None
     half = jpeft.cast(PARAMS, jnp.bfloat16)
     assert layers(OPTIMISERS["rounded at random"][0], half) is None
     assert layers(optax.adafactor(1e-2)) is None
+    summed = optax.GradientTransformation(lambda _: optax.EmptyState(), one_after_another)
+    assert layers(optax.chain(summed, ADAM)) is None
     assert layers(ADAM, {"head": PARAMS["head"]}) is None
 
 
