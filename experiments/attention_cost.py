@@ -14,7 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.command import command
+from experiments.common.command import command, ready
+from experiments.common.options import at_least, one_or_more
 from experiments.common.plots import COLOURS, figure, made_on
 from experiments.common.report import describe_machine, versions, write_json
 
@@ -35,11 +36,16 @@ class Config:
     """Of a head."""
     out: pathlib.Path | None = None
     """Folder for `result.json` and the plot."""
+    overwrite: bool = False
+    """Throw away the result that --out holds."""
 
 
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Compile, print and write."""
     console = console or Console()
+    one_or_more(config, "lengths")
+    at_least(config, lengths=1, group=2, heads=1, width=1)
+    ready(config.out, config.overwrite)
     rows = {kind: {str(t): cost(config, kind, t) for t in sorted(config.lengths)} for kind in KINDS}
     result = {
         "config": dataclasses.asdict(config) | {"out": None},
@@ -49,7 +55,6 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     }
     console.print(table(config, rows))
     if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "result.json", result)
     draw(config, result, console)
     return result

@@ -18,7 +18,8 @@ from rich.console import Console
 
 import jpeft
 from experiments.common import runtime
-from experiments.common.command import command
+from experiments.common.command import command, ready
+from experiments.common.options import at_least
 from experiments.common.report import describe_machine, versions, write_json
 from experiments.common.timing import ratio, turns
 
@@ -35,6 +36,8 @@ class Config:
     """Turns of each."""
     out: pathlib.Path | None = None
     """Folder for `result.json`."""
+    overwrite: bool = False
+    """Throw away the result that --out holds."""
 
 
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
@@ -46,6 +49,8 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     from jpeft.models.llama2c import load_llama2c
 
     console = console or Console()
+    at_least(config, tokens=1, rounds=1)
+    ready(config.out, config.overwrite)
     read: Callable[..., Any] = load_llama2c if config.model.is_file() else load_model
     found = read(config.model)
     model = found[0] if isinstance(found, tuple) else found
@@ -77,7 +82,6 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         f"{result['ratio']:.1f} times as fast"
     )
     if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "result.json", result)
     return result
 

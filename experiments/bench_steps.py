@@ -19,9 +19,10 @@ from rich.table import Table
 
 import jpeft
 from experiments.common import runtime
-from experiments.common.command import command
+from experiments.common.command import command, ready
 from experiments.common.methods import RECIPES, Method, Sizes, called_with, make_room
 from experiments.common.models import fetch_model, machine_layout
+from experiments.common.options import at_least, one_or_more
 from experiments.common.report import describe_machine, versions, write_json
 from experiments.common.timing import ratio, timed_steps, turns
 
@@ -49,11 +50,16 @@ class Config:
     """Turns of each."""
     out: pathlib.Path | None = None
     """Folder for `result.json`."""
+    overwrite: bool = False
+    """Throw away the result that --out holds."""
 
 
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Measure, print and write."""
     console = console or Console()
+    one_or_more(config, "training")
+    at_least(config, batch=1, length=1, tasks=1, rounds=1)
+    ready(config.out, config.overwrite)
     steps = training(config, console)
     mixed = many_tasks(config, console)
     table = Table(title=f"training steps, batch {config.batch} x {config.length}")
@@ -77,7 +83,6 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         "versions": versions(),
     }
     if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "result.json", result)
     return result
 

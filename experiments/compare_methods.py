@@ -94,7 +94,7 @@ def row(result: Mapping[str, Any], method: str) -> dict[str, Any]:
         "mean": score["mean"],
         "std": score["std"],
         "trained": result["seeds"][0]["trained"],
-        "epochs": result["config"]["epochs"],
+        "steps": result["seeds"][0]["steps"],
     }
 
 
@@ -102,11 +102,11 @@ def table(rows: dict[str, dict[str, Any]], seeds: int) -> Table:
     """The rows as a terminal table, best first."""
     out = Table(title="validation" + (f", {seeds} seeds" if seeds > 1 else ""))
     metric = next(iter(rows.values()))["metric"]
-    for name in ("method", metric, "trained", "epochs", "ms a step", "MiB a step"):
+    for name in ("method", metric, "trained", "steps", "ms a step", "MiB a step"):
         out.add_column(name, justify="left" if name == "method" else "right")
     for method, r in sorted(rows.items(), key=lambda item: -item[1]["mean"]):
         score = f"{r['mean']:.4f}" + (f" ± {r['std']:.4f}" if seeds > 1 else "")
-        cells = (f"{r['trained']:,}", str(r["epochs"]), f"{r['step_ms']:.0f}")
+        cells = (f"{r['trained']:,}", f"{r['steps']:,}", f"{r['step_ms']:.0f}")
         out.add_row(method, score, *cells, f"{r['memory_mib']:,.0f}")
     return out
 

@@ -75,16 +75,19 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     scores = dict(
         zip(KINDS, (by_rank("dylora"), apart, by_rank(f"lora_r{config.rank}")), strict=True)
     )
-    # Of training: a run that was cut and went on has the wall's seconds of its last part alone.
-    trained = {n: sum(s["train_seconds"] for s in r["seeds"]) for n, r in results.items()}
+    # Of all steps: of a run that was cut and went on the clock has seen the last part alone.
+    trained = {
+        n: sum(s["steps"] * s["step_seconds"] for s in r["seeds"]) for n, r in results.items()
+    }
     seconds = {
         "dylora": trained["dylora"],
         "lora at every rank": sum(trained[f"lora_r{r}"] for r in ranks),
     }
     result = write_result(config, results, metric=metric, scores=scores, seconds=seconds)
     console.print(table(config, result))
-    times = seconds["lora at every rank"] / seconds["dylora"]
-    console.print(f"all ranks by LoRA took {times:.1f} times as long as the one DyLoRA run")
+    if seconds["dylora"]:  # the first step of each shape is not timed
+        times = seconds["lora at every rank"] / seconds["dylora"]
+        console.print(f"all ranks by LoRA took {times:.1f} times as long as the one DyLoRA run")
     draw(config, result, console)
     return result
 

@@ -158,7 +158,7 @@ def one(config: Config, name: str, console: Console | None) -> dict[str, Any]:
     """One model's result, which is kept, with the data's and the largest class's."""
     from experiments.common.in_context_runs import measure
 
-    console = console or Console(width=100)
+    console = console or Console(width=100, markup=False)
     done = None if config.out is None else kept(config)[name]
     if done is not None and done.exists():
         return json.loads(done.read_text(encoding="utf-8"))

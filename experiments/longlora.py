@@ -18,7 +18,7 @@ from rich.table import Table
 
 import jpeft
 from experiments.common import runtime
-from experiments.common.command import command
+from experiments.common.command import command, ready
 from experiments.common.console import bar
 from experiments.common.long_texts import draw_rows, read_texts
 from experiments.common.numbers import Precision, Stage
@@ -103,6 +103,8 @@ class Config:
     """Keep the optimiser's state in the host's memory between steps."""
     out: pathlib.Path | None = None
     """Folder for `result.json` and the plot."""
+    overwrite: bool = False
+    """Throw away the result that --out holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +146,11 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
         raise ValueError(f"--variants {' '.join(unknown)}: there are {', '.join(VARIANTS)}")
     if min(config.steps, config.batch, config.rows, config.rounds, config.held_out) < 1:
         raise ValueError("--steps, --batch, --rows, --rounds and --held-out are 1 or more")
+    ready(config.out, config.overwrite)
     loaded = load(config, console)
     model, encode = loaded.model, loaded.codec.encode
     sizes = sizes_of(config, model.config.max_position_embeddings)
     train, held = read_texts(config.data, config.held_out, config.seed)
-    if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(config.seed)
     tests = rows_of(held, encode, config.rows, sizes, model.config.vocab_size, rng)
     count = config.steps * config.batch

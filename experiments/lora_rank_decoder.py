@@ -171,7 +171,7 @@ def at_once(runs: Mapping[str, finetune.Config], processes: int, console: Consol
 
 
 def _printing(run: finetune.Config) -> None:
-    one(run, Console(width=100))
+    one(run, Console(width=100, markup=False))
 
 
 def row(config: Config, weights: str, rank: int, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -163,6 +163,8 @@ def inspect(config: Inspect, console: Console) -> None:
             shown = {k: v for k, v in quantised.items() if not isinstance(v, list)}
             console.print(f"quantised: {json.dumps(shown)}; numbers as stored", highlight=False)
         files = Tensors(path).files
+    if not console.is_terminal:
+        console = Console(width=1000)  # a file or a pipe has no edge to fold names at
     console.print(_tensor_table(files))
 
 
@@ -179,8 +181,10 @@ def _tensor_table(files: list[pathlib.Path]) -> Table:
             key = (re.sub(r"\.\d+\.", ".*.", name), tuple(piece.get_shape()), piece.get_dtype())
             rows[key] = rows.get(key, 0) + 1
     table = Table()
-    for column in ("tensor", "count", "shape", "type", "parameters"):
-        table.add_column(column, justify="right" if column in ("count", "parameters") else "left")
+    table.add_column("tensor", overflow="fold")
+    for column in ("count", "shape", "type", "parameters"):
+        right = column in ("count", "parameters")
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
     total = size = 0
     for (name, shape, kind), count in rows.items():
         n = count

@@ -45,12 +45,15 @@ def command(
     config = tyro.cli(config_type, description=description)
     if getattr(config, "processes", 1) > 1:
         runtime.share_device()
-    runtime.cache_programs(cache() / "compiled")
+    try:
+        runtime.cache_programs(cache() / "compiled")
+    except OSError as e:
+        print(f"{name}: compiled programs are not kept for the next run: {e}", file=sys.stderr)
     runtime.one_at_a_time()
-    console = Console()
+    console = Console(markup=False)
     try:
         initialise()
-        console = Console(quiet=not is_main())
+        console = Console(quiet=not is_main(), markup=False)
         main(config, console)
     except InterruptedRunError as e:
         out = getattr(config, "out", None)

@@ -160,7 +160,7 @@ def _at_once(
 
 
 def _printing(config: lora_glue.Config, more: lora_glue.More | None) -> None:
-    run_one(config, Console(width=100), more)
+    run_one(config, Console(width=100, markup=False), more)
 
 
 def run_one(

@@ -9,17 +9,23 @@ import pytest
 from rich.console import Console
 
 from experiments import (
+    attention_cost,
+    bench_generation,
+    bench_steps,
     by_size,
     compare_methods,
     dylora,
     finetune,
     in_context,
     intrinsic_dimension,
+    longlora,
     lora_glue,
     lora_plus,
     lora_rank,
     lora_rank_decoder,
+    precision,
     prompt_tuning,
+    step_cost,
 )
 from experiments.common.command import USER_ERRORS
 from experiments.common.options import at_least, one_or_more
@@ -118,6 +124,24 @@ def test_data_that_are_not_there_throw_away_no_model_s_answers(made):
     assert stands(made["out"])
 
 
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (longlora, {}),
+        (attention_cost, {}),
+        (bench_steps, {}),
+        (bench_generation, {"model": pathlib.Path("no/such")}),
+        (step_cost, {}),
+        (precision, {}),
+    ],
+)
+def test_a_result_that_stands_is_not_written_over(module, options, made):
+    stand(made["out"])
+    with pytest.raises(ValueError, match="holds a result: pass --overwrite"):
+        run(module, options | {"out": made["out"]})
+    assert stands(made["out"])
+
+
 def test_going_on_and_throwing_away_are_one_too_many(made):
     stand(made["out"])
     with pytest.raises(ValueError, match="--resume goes on .* --overwrite throws it away"):
@@ -163,13 +187,21 @@ def test_numbers_that_finetune_cannot_take_are_refused(option, made):
         (lora_rank, "weights"),
         (compare_methods, "methods"),
         (intrinsic_dimension, "dims"),
+        (attention_cost, "lengths"),
         (prompt_tuning, "lengths"),
         (prompt_tuning, "starts"),
     ],
 )
 def test_a_sweep_over_nothing_is_refused(module, option, made):
     with pytest.raises(ValueError, match=f"--{option}: one or more, each once"):
-        run(module, made | {option: ()})
+        run(module, {option: ()} if module is attention_cost else made | {option: ()})
+
+
+@pytest.mark.parametrize("option", ["lengths", "heads", "width"])
+def test_attention_over_nothing_is_refused(option):
+    values = {"lengths": (2048, 0), "heads": 0, "width": 0}
+    with pytest.raises(ValueError, match=f"--{option} 0: at least 1"):
+        run(attention_cost, {option: values[option]})
 
 
 @pytest.mark.parametrize("module", [intrinsic_dimension, prompt_tuning, by_size])

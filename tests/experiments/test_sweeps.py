@@ -70,11 +70,12 @@ def has_plot(options, name):
 
 def test_methods_train_and_are_compared(made):
     methods = ("full", "head", "lora", "prompt", "said")
-    result, said = run(compare_methods, made, methods=methods)
+    result, said = run(compare_methods, made, methods=methods, max_steps=3)
     assert set(result["rows"]) == set(methods)
     for method, row in result["rows"].items():
         assert method in said
         assert row["trained"] > 0
+        assert row["steps"] == 3
         assert 0 <= row["mean"] <= 1
         assert row["memory_mib"] > 0
     trained = {m: r["trained"] for m, r in result["rows"].items()}
@@ -196,4 +197,6 @@ def test_dylora(made):
     one_run, apart, cut = result["scores"].values()
     assert one_run["2"] == result["runs"]["dylora"]["metrics"]["dylora"]["accuracy"]
     assert cut["2"] == apart["2"]
+    seeds = result["runs"]["dylora"]["seeds"]
+    assert result["seconds"]["dylora"] == sum(s["steps"] * s["step_seconds"] for s in seeds)
     assert "times as long" in said

@@ -63,7 +63,7 @@ def test_inspect(base, adapter, tmp_path, capsys):
     assert main(["inspect", str(base)]) == 0
     said = capsys.readouterr().out
     assert "model_type llama" in said
-    assert "model.layers.*" in said
+    assert "model.layers.*.mlp.down_proj.weight " in said
     assert main(["inspect", str(adapter[0])]) == 0
     assert '"peft_type": "LORA"' in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "state.safetensors")]) == 0
