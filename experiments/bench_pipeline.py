@@ -42,6 +42,7 @@ class Config(lora_glue.Config):
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Measure, print and write."""
     console = console or Console()
+    lora_glue.check(config)
     if config.rounds < 1 or not config.max_steps or config.max_steps < 2:
         raise ValueError("--rounds is at least 1, and --max-steps at least 2")
     for name in ("resume", "tensorboard", "seeds"):

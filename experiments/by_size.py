@@ -21,7 +21,7 @@ from experiments.common import by_size_shown, dimensions, runtime
 from experiments.common.command import command
 from experiments.common.family import Member, members
 from experiments.common.loss_curves import rounded, steps_to, windows
-from experiments.common.options import at_least
+from experiments.common.options import at_least, one_or_more
 from experiments.common.report import (
     describe_machine,
     scored,
@@ -65,6 +65,8 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     if config.kind == "methods":
         swept |= {"lr": "the methods' own, and --full-lr"}
     at_least(config, window=1, full_epochs=1)
+    if config.kind == "intrinsic_dimension":
+        one_or_more(config, "dims")
     if config.kind == "lora_plus" and 1.0 not in config.ratios:
         raise ValueError("--ratios: 1 is what the others are held against")
     refuse(config, lora_plus="--ratios", **swept)
@@ -115,10 +117,15 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
 
 
 def changes(config: Config, member: Member, console: Console) -> dict[str, dict[str, Any]]:
-    """A model's runs by name, as changes of a `lora_glue` configuration."""
+    """A model's runs by name, as changes of a `lora_glue` configuration.
+
+    **Raises:** `ValueError` for `--dims` all of which are beyond its parameters.
+    """
     full = {"epochs": config.full_epochs or config.epochs, "lr": config.full_lr}
     if config.kind == "intrinsic_dimension":
         kept = tuple(d for d in config.dims if d < member.parameters)
+        if not kept:
+            raise ValueError(f"--dims: {member.title} has {member.parameters:,} parameters alone")
         if len(kept) < len(config.dims):
             console.print(f"{member.title}: dimensions beyond its parameters are left out")
         return dimensions.changes(kept, full)

@@ -11,6 +11,7 @@ from rich.console import Console
 from experiments import (
     attention_cost,
     bench_generation,
+    bench_pipeline,
     bench_steps,
     by_size,
     compare_methods,
@@ -156,7 +157,7 @@ def test_going_on_and_throwing_away_are_one_too_many(made):
         {"batch": 0}, {"batch": -3}, {"length": 0}, {"save_every": 0}, {"accumulate": 0},
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("module", [lora_glue, compare_methods])
+@pytest.mark.parametrize("module", [lora_glue, compare_methods, bench_pipeline])
 def test_numbers_that_train_nothing_are_refused(module, option, made):
     ((name, value),) = option.items()
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} {value}: at least"):
@@ -188,13 +189,14 @@ def test_numbers_that_finetune_cannot_take_are_refused(option, made):
         (compare_methods, "methods"),
         (intrinsic_dimension, "dims"),
         (attention_cost, "lengths"),
+        (by_size, "dims"),
         (prompt_tuning, "lengths"),
         (prompt_tuning, "starts"),
     ],
 )
 def test_a_sweep_over_nothing_is_refused(module, option, made):
     with pytest.raises(ValueError, match=f"--{option}: one or more, each once"):
-        run(module, {option: ()} if module is attention_cost else made | {option: ()})
+        run(module, (made if issubclass(module.Config, lora_glue.Config) else {}) | {option: ()})
 
 
 @pytest.mark.parametrize("option", ["lengths", "heads", "width"])

@@ -190,6 +190,8 @@ def test_dimensions_beyond_the_parameters_are_left_out(family, made, monkeypatch
     assert result["models"][0]["d90"] == {"DID": 20, "SAID": 20}
     assert "dimensions beyond its parameters are left out" in said
     assert "the largest class alone has accuracy 0.5000" not in said
+    with pytest.raises(ValueError, match="--dims: encoder 0.1m, step 256 has .* parameters alone"):
+        run(**made | {"overwrite": True}, models=(family[0],), dims=(10**6,))
     pretend(monkeypatch, lambda config, seed: 0.5)
     _, said = run(**made | {"overwrite": True}, models=(family[0],), dims=(20,))
     assert "encoder 0.1m, step 256: note: answering the largest class alone" in said

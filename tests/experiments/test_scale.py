@@ -88,7 +88,7 @@ def test_parts_of_a_short_batch_weigh_by_their_rows(config, rows):
     def taken(accumulate):
         split = dataclasses.replace(config, accumulate=accumulate)
         model = lora_glue.build(split, directory, 2, 0)
-        trainer = lora_glue.trainer_of(split, model, prepared, 0, 5)
+        trainer = lora_glue.trainer_of(split, model, 0, 5)
         _, metrics = trainer.step(trainer.init(), trainer.frozen, batch, trainer.key(0))
         return float(metrics["loss"]), float(metrics["grad_norm"])
 
