@@ -16,7 +16,15 @@ from collections.abc import Callable
 import tyro
 
 from experiments.common.figure_parts import ROOT, FiguresError, markdown, read, score, source
-from experiments.common.figure_speed import account, bases, large, peers, peers_gpu, steps
+from experiments.common.figure_speed import (
+    account,
+    account_gpu,
+    bases,
+    large,
+    peers,
+    peers_gpu,
+    steps,
+)
 from experiments.common.figure_sweeps import dimension, dimension_by_size, ranks, sizes
 from experiments.step_cost import what as step_in_words
 
@@ -130,11 +138,13 @@ def finetune() -> str:
 
 
 def aot() -> str:
-    """`aot`: steps compiled for slices that are not there."""
+    """`aot`: steps compiled for slices and hosts that are not there."""
     names = (
         "llama-3-8b_lora_v5e-16x16",
         "llama-3-70b_full_v5p-8x8x8",
         "llama-3-70b_full_v5p-8x8x8_data-8",
+        "llama-3-8b_full_h100-1x8",
+        "llama-3-70b_full_h100-8x8",
     )
     rows: list[list[str]] = []
     results = [read("aot", n) for n in names]
@@ -151,10 +161,13 @@ def aot() -> str:
                 f"{r['wall_seconds']:.0f}",
             ]
         )
-    header = ["model, method", "slice, mesh", "batch", "GiB a chip", "least s a step"]
-    last = results[-1]
-    versions = f"libtpu {last['versions']['libtpu']}"
-    about = f"Stage 3, bf16, activations made again; {versions}, {source(last)}."
+    header = ["model, method", "devices, mesh", "batch", "GiB on each", "least s a step"]
+    tpu, gpu = results[0], results[-1]
+    about = (
+        f"Stage 3, bf16, activations made again; TPUs: libtpu {tpu['versions']['libtpu']}, "
+        f"{source(tpu)}; GPUs: the CUDA plugin {gpu['versions']['jax-cuda12-plugin']}, "
+        f"{source(gpu)}."
+    )
     return f"{markdown([*header, 'MFU at most', 's to compile'], rows)}\n\n{about}"
 
 
@@ -263,6 +276,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "longlora": longlora,
     "finetune": finetune,
     "account": account,
+    "account_gpu": account_gpu,
     "large": large,
     "bases": bases,
     "sample": sample,

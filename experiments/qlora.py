@@ -135,6 +135,7 @@ def report(config: Config, console: Console) -> dict[str, Any]:
     ready(config.out, config.overwrite)
     rows = qlora_account.accounts(console, config.topology)
     result = {
+        "config": {"report_65b": True, "topology": config.topology},
         "topology": config.topology,
         "rows": rows,
         "machine": describe_machine(),

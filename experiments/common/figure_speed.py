@@ -103,9 +103,9 @@ def steps() -> str:
     return f"{markdown(header, rows)}\n\n{markdown(second, mixed)}\n\n{shape}; {source(r)}."
 
 
-def account() -> str:
+def account(result: str = "65b") -> str:
     """`qlora --report-65b`: the memory of large models' steps on one device."""
-    r = read("qlora", "65b")
+    r = read("qlora", result)
     rows = [
         [
             row["model"],
@@ -119,12 +119,20 @@ def account() -> str:
     ]
     header = ["model", "optimiser", "base, GB", "trained", "state", "temporaries", "in all"]
     first = r["rows"][0]
+    tpu = r["topology"].startswith("v")
+    name = "libtpu" if tpu else "jax-cuda12-plugin"
+    by = f"{'libtpu' if tpu else 'the CUDA plugin'} {r['versions'][name]}"
     about = (
         f"NF4 with double quantisation, rank {first['rank']} on every linear layer, 1 x "
-        f"{first['sequence']} tokens, activations made again; one chip of {r['topology']}, libtpu "
-        f"{r['versions']['libtpu']}, {source(r)}."
+        f"{first['sequence']} tokens, activations made again; one device of {r['topology']}, {by}, "
+        f"{source(r)}."
     )
     return f"{markdown([*header, 'on the host, GB'], rows)}\n\n{about}"
+
+
+def account_gpu() -> str:
+    """The same on a GPU of 48 GB."""
+    return account("65b_a6000")
 
 
 def bases() -> str:
