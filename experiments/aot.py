@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.command import command
+from experiments.common.command import command, ready
 from experiments.common.methods import Method, Sizes
 from experiments.common.numbers import Keep, Optimiser, Precision, Quantised, Stage
 from experiments.common.options import at_least
@@ -84,6 +84,8 @@ class Config:
     """More options of the compiler, as name=value."""
     out: pathlib.Path | None = None
     """Folder for result.json."""
+    overwrite: bool = False
+    """Write over a result that --out holds."""
 
     @property
     def sizes(self) -> Sizes:
@@ -105,6 +107,7 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     at_least(config, batch=1, sequence=1, accumulate=1, chunk=1)
     if config.method in ("head", "top"):
         raise ValueError(f"--method {config.method} is a classifier's: there is no head here")
+    ready(config.out, config.overwrite)
     found = searched(config, console) if config.search else compiled(config)
     result = found | {
         "wall_seconds": time.perf_counter() - start,
@@ -114,7 +117,6 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     }
     show(result, console)
     if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "result.json", result)
         console.print(f"written to {config.out}")
     return result
@@ -132,7 +134,8 @@ def compiled(config: Config) -> dict[str, Any]:
     report = compile_for(*planned.arguments(config.batch), options=options)
     needed = planned.model_flops(config.batch)
     return {
-        "config": dataclasses.asdict(config) | {"out": None, "precision": config.numbers},
+        "config": dataclasses.asdict(config)
+        | {"out": None, "overwrite": False, "precision": config.numbers},
         "mesh": dict(mesh.shape),
         "parameters": planned.parameters,
         "trained": planned.trained,

@@ -29,7 +29,7 @@ from experiments.common.accounts import (
     predicted,
     seen_by_one,
 )
-from experiments.common.command import command
+from experiments.common.command import command, ready
 from experiments.common.methods import Method, Sizes
 from experiments.common.numbers import Keep, Precision, Stage
 from experiments.common.options import at_least
@@ -46,7 +46,8 @@ SHADES = dict(
         strict=True,
     )
 ) | {"gathered": "#f0e442", "batch": "#999999", "working": "#bbbbbb"}
-# What is read with --params.
+# What says where a result goes; and what is read with --params.
+UNTOLD: dict[str, Any] = {"out": None, "overwrite": False}
 OF_RULE = {"trained", "precision", "stage", "devices"}
 # What the check compiles for: its memory holds every case.
 TOPOLOGY, DEVICES = "v5p:2x2x2", 8
@@ -94,14 +95,17 @@ class Config:
     """The same of six steps whose layers, or batches, are in parts."""
     out: pathlib.Path | None = None
     """Folder for `result.json` and the plot."""
+    overwrite: bool = False
+    """Write over a result that --out holds."""
 
 
 def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Account, print and write."""
     console = console or Console()
     refuse(config)
+    ready(config.out, config.overwrite)
     check = config.check or config.check_parts
-    result: dict[str, Any] = {"config": dataclasses.asdict(config) | {"out": None}}
+    result: dict[str, Any] = {"config": dataclasses.asdict(config) | UNTOLD}
     if check:
         result |= checked(in_parts() if config.check_parts else [*cases(), *held_out()], console)
     elif config.model is not None:
@@ -111,7 +115,6 @@ def main(config: Config, console: Console | None = None) -> dict[str, Any]:
     console.print(check_table(result) if check else account_table(config, result))
     result |= {"machine": describe_machine(), "versions": versions("libtpu")}
     if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "result.json", result)
     draw(config, result, console)
     return result
@@ -127,7 +130,7 @@ def refuse(config: Config) -> None:
         raise ValueError("pass one of --params, --model, --check and --check-parts")
     way = chosen[0]
     of_step = {f.name for f in fields} - {"trained"}
-    read = {"params": OF_RULE, "model": of_step}.get(way, set()) | {way, "out"}
+    read = {"params": OF_RULE, "model": of_step}.get(way, set()) | {way, *UNTOLD}
     for name in given:
         if name not in read:
             told = f"--{name} is not read with --{way}: leave it out"

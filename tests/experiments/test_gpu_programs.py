@@ -55,6 +55,8 @@ def test_a_step_on_two_hosts(model, tmp_path, more):
     assert 0 < result["estimate"]["mfu"] <= 1
     assert "8 devices of h100:2x4" in said
     assert any(name.startswith("jax-cuda") for name in result["versions"])
+    with pytest.raises(ValueError, match="holds a result: pass --overwrite"):
+        aot.main(aot.Config(**options, out=tmp_path / "out"), Console(file=io.StringIO()))
 
 
 @needs_cuda_compiler
