@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Int
+
+from sharding.waiting import told, wait_for_first
 
 COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -129,15 +132,22 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 
 
 def initialise(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    timeout: float = 300,
 ) -> Cluster | None:
     """Join the other processes of this job; does nothing where there are none.
 
     Call it first: JAX cannot be told after it has found its devices.
 
-    **Arguments:** all three, or none: then `detect` reads the environment.
+    **Arguments:** `coordinator`, `processes` and `process`, all three, or none: then `detect` reads
+    the environment; `timeout`, for how many seconds the others are waited for.
 
-    **Raises:** `ValueError`, see `detect`; and for Kubernetes without its Python package.
+    **Raises:** `ValueError`, see `detect`; and for Kubernetes without its Python package;
+    `TimeoutError` where the first process does not listen. Where others do not come JAX ends this
+    process.
     """
     given = (coordinator, processes, process)
     if coordinator is not None and processes is not None and process is not None:
@@ -158,14 +168,19 @@ def initialise(
             "an indexed job of Kubernetes is found by the package kubernetes: pip install "
             f"'jax[k8s]', or set {COORDINATOR}, {PROCESSES} and {PROCESS}"
         )
-    if found.kind == "explicit":
-        jax.distributed.initialize(
-            found.coordinator, found.processes, found.process, local_device_ids=found.device
-        )
+    seconds = math.ceil(timeout)
+    if found.coordinator is not None and found.processes and found.process is not None:
+        job = found.coordinator, found.processes, found.process
+        with told(*job, timeout):
+            if found.process:
+                wait_for_first(*job, timeout)
+            jax.distributed.initialize(
+                *job, local_device_ids=found.device, initialization_timeout=seconds
+            )
     else:
         # JAX knows Kubernetes and TPUs when it looks by itself; by name it finds only these two.
         method = found.kind if found.kind in ("slurm", "ompi") else None
-        jax.distributed.initialize(cluster_detection_method=method)
+        jax.distributed.initialize(cluster_detection_method=method, initialization_timeout=seconds)
     return found
 
 
@@ -212,22 +227,21 @@ def process_rows(rows: int, sharding: jax.sharding.Sharding) -> Int[np.ndarray, 
     return np.unique(np.concatenate([np.arange(rows)[at] for at in found.values()]))
 
 
-def global_batch(local: Any, sharding: Any, rows: int | None = None) -> Any:
+def global_batch(local: Any, sharding: Any, rows: int) -> Any:
     """Global arrays from the rows that each process has.
 
-    **Arguments:** `local`, a tree of this process's rows, as `process_rows` numbers them;
-    `sharding`, `Zero.batch` of the whole batch's shapes, or one sharding; `rows`, the whole
-    batch's, where they do not follow from `local` since processes have different numbers of them.
+    **Arguments:** `local`, a tree of this process's rows, as `process_rows` numbers them, or of all
+    rows; `sharding`, `Zero.batch` of the whole batch's shapes, or one sharding; `rows`, the whole
+    batch's.
 
-    **Raises:** `ValueError` for rows that are not this process's.
+    **Raises:** `ValueError` for other numbers of rows.
     """
     if isinstance(sharding, jax.sharding.Sharding):
         sharding = jax.tree.map(lambda _: sharding, local)
 
     def one(x: Any, s: Any) -> Any:
         x = np.asarray(x)
-        whole = None if rows is None else (rows, *x.shape[1:])
-        return jax.make_array_from_process_local_data(s, x, whole)
+        return jax.make_array_from_process_local_data(s, x, (rows, *x.shape[1:]))
 
     return jax.tree.map(one, local, sharding)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from sharding.agreement import check_agreement
 from sharding.cluster import everywhere
 from sharding.gather import Placed, gathered
 from sharding.offload import HOST, Offloaded, on_host
@@ -69,10 +70,14 @@ class Step:
     def init(self, trainable: Any) -> State:
         """The state at the start, each array where the stage has it.
 
-        `trainable`'s arrays are copied: a step that eats the state leaves them be.
+        `trainable`'s arrays are copied: a step that eats the state leaves them be. Of several
+        processes each passes all of them, whole.
+
+        **Raises:** `ValueError` for arrays that are not the same in every process.
         """
         where = self.shardings(jax.eval_shape(lambda x: x, trainable))
         if where is not None:
+            check_agreement(trainable, where.step)
             trainable = everywhere(trainable, where.trainable)
         return jax.jit(self._start, out_shardings=where)(trainable)
 
@@ -107,7 +112,9 @@ class Step:
     ) -> tuple[State, dict[str, Float[Array, ""]]]:
         """One step.
 
-        **Arguments:** `key`, of this step, for what is random in the loss.
+        **Arguments:** `batch`, all rows, the same in every process, which is not looked into; or
+        global arrays, `sharding.cluster.global_batch` of each process's own rows. `key`, of this
+        step, for what is random in the loss, the same in every process.
 
         **Raises:** `ValueError` for a batch whose rows do not divide over devices and parts.
         """

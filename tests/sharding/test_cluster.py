@@ -4,13 +4,16 @@ import os
 import random
 import shutil
 import signal
+import socket
+import threading
 
 import jax
 import numpy as np
 import pytest
 from jax._src.clusters import ClusterEnv
 
-from sharding import Zero, initialise, make_mesh
+import sharding.cluster
+from sharding import Zero, initialise, make_mesh, waiting
 from sharding.cluster import Cluster, detect, everywhere, global_batch, process_rows
 from tests.sharding.job import Job, losses
 
@@ -112,15 +115,18 @@ def test_how_jax_is_told(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: told.append((a, k)))
     kubernetes = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(sharding.cluster, "wait_for_first", lambda *job: told.append(job))
     for environ in (SLURM, EXPLICIT, kubernetes):
         for name in {*SLURM, *EXPLICIT, *kubernetes}:
             monkeypatch.delenv(name, raising=False)
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
         initialise()
-    assert told.pop() == ((), {"cluster_detection_method": None})
-    assert told.pop() == (("10.0.0.1:1234", 2, 1), {"local_device_ids": None})
-    assert told.pop() == ((), {"cluster_detection_method": "slurm"})
+    wait = {"initialization_timeout": 300}
+    assert told.pop() == ((), {"cluster_detection_method": None} | wait)
+    assert told.pop() == (("10.0.0.1:1234", 2, 1), {"local_device_ids": None} | wait)
+    assert told.pop() == ("10.0.0.1:1234", 2, 1, 300)
+    assert told.pop() == ((), {"cluster_detection_method": "slurm"} | wait)
     assert {"slurm", "ompi"} <= names
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install 'jax\\[k8s\\]'"):
@@ -146,12 +152,31 @@ def test_a_broken_environment_is_told(environ, what):
         detect(environ)
 
 
+def test_a_first_process_that_does_not_listen_is_told_by_its_address(monkeypatch, caplog):
+    monkeypatch.setattr(waiting, "TELL", 0.1)
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(TimeoutError, match=f"process 1 of 2: nobody listens at {where} after"):
+            initialise(where, 2, 1, timeout=0.5)
+    assert f"process 1 of 2: waiting for the others at {where}" in caplog.text
+
+
+def test_a_first_process_that_comes_later_is_waited_for():
+    with socket.socket() as first:
+        first.bind(("127.0.0.1", 0))
+        listens = threading.Timer(0.5, first.listen)
+        listens.start()
+        waiting.wait_for_first(f"127.0.0.1:{first.getsockname()[1]}", 2, 1, 60)
+        assert listens.finished.is_set()
+
+
 def test_rows_and_batches_of_one_process():
     zero = Zero(make_mesh())
     rows = {"x": np.arange(16.0).reshape(8, 2)}
     where = zero.batch(rows)
     np.testing.assert_array_equal(process_rows(8, where["x"]), np.arange(8))
-    for made in (global_batch(rows, where), everywhere(rows, where)):
+    for made in (global_batch(rows, where, 8), everywhere(rows, where)):
         np.testing.assert_array_equal(made["x"], rows["x"])
         assert made["x"].sharding == where["x"]
     assert everywhere(made, where)["x"] is made["x"]
@@ -189,6 +214,16 @@ def test_rows_are_of_a_processs_own_devices(undisturbed, tmp_path, options):
     np.testing.assert_allclose(
         list(losses(tmp_path).values()), [want[i] for i in range(1, 9)], atol=1e-5
     )
+
+
+def test_processes_that_start_from_other_arrays_are_refused(tmp_path):
+    with Job(tmp_path, 2, options=("--own-start",)) as job:
+        for process in job.processes:
+            process.join(60)
+        assert all(process.exitcode for process in job.processes), job.logs()
+    for log in ("log0.txt", "log1.txt"):
+        told = "process 0 and others (of 2: 1) were given different arrays"
+        assert told in (tmp_path / log).read_text()
 
 
 def test_killed_ten_times_it_ends_as_if_nothing_had_happened(undisturbed, tmp_path):

@@ -49,6 +49,7 @@ def main(options=None):
     parser.add_argument("--mesh", help="its shape; all devices on fsdp without")
     parser.add_argument("--shuffled", action="store_true", help="devices in no order of processes")
     parser.add_argument("--large", type=int, default=0, help="MiB of more state: saves take longer")
+    parser.add_argument("--own-start", action="store_true", help="each process draws its own")
     args = parser.parse_args(options)
     jax.config.update("jax_compilation_cache_dir", str(args.folder.parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -60,7 +61,7 @@ def main(options=None):
     zero = Zero(mesh, args.stage, smallest=1)
     where = zero.batch(batch_of(0))
     own = process_rows(ROWS, where["x"])
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(jax.process_index() if args.own_start else 0)
     start = {n: rng.normal(size=(WIDTH, WIDTH)).astype(np.float32) / 6 for n in ("up", "down")}
     if args.large:
         start["large"] = rng.normal(size=(args.large, 2**18)).astype(np.float32)
