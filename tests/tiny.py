@@ -1,4 +1,4 @@
-"""A tiny BERT directory and a tiny task, for tests that run a whole command."""
+"""Tiny models and a tiny task, for tests that run a whole command."""
 
 import json
 import pathlib
@@ -7,6 +7,7 @@ from flax import nnx
 
 from jpeft.hf import save_sequence_classifier
 from jpeft.models.bert import BertConfig, BertForSequenceClassification
+from jpeft.models.llama import LlamaConfig
 
 WORDS = ["good", "fine", "great", "bad", "poor", "sad"]
 WORDS += ["the", "film", "was", "not", "very", "a", "plot"]
@@ -17,6 +18,15 @@ SHAPE = {
     "intermediate_size": 24,
     "max_position_embeddings": 24,
 }
+
+LLAMA = LlamaConfig(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 
 
 def tiny_config(kind: str = "bert", **shape: int) -> BertConfig:

@@ -18,8 +18,9 @@ from experiments import aot
 from experiments.common.largest import Tried, apart, largest
 from experiments.common.models import ModelError
 from experiments.common.named import NAMED, config_of, named_config
-from jpeft.models.llama import Llama, LlamaConfig
+from jpeft.models.llama import Llama
 from sharding.topologies import TopologyError
+from tests.tiny import LLAMA
 
 needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
@@ -55,14 +56,6 @@ PUBLISHED = {
     "gemma-3-12b": 11_766_034_176,
     "gemma-3-27b": 27_009_346_304,
 }
-SMALL = LlamaConfig(
-    vocab_size=512,
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -82,7 +75,7 @@ def test_a_wrong_name_offers_the_nearest():
 
 def test_configurations_are_read_from_files_too(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(SMALL.to_hf()))
+    path.write_text(json.dumps(LLAMA.to_hf()))
     assert config_of(str(path)).hidden_size == config_of(str(tmp_path)).hidden_size == 128
     path.write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ModelError, match=r"config\.json: model_type is 'bert'"):
@@ -93,7 +86,7 @@ def test_configurations_are_read_from_files_too(tmp_path):
 def small(tmp_path):
     """Options that make a small program."""
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(SMALL.to_hf()))
+    path.write_text(json.dumps(LLAMA.to_hf()))
     options = {"topology": "v5e:2x4", "batch": 16, "sequence": 64}
     return {**options, "model": str(path), "out": tmp_path / "out"}
 

@@ -9,25 +9,17 @@ from rich.console import Console
 
 from experiments import aot, qlora, zero
 from experiments.common import qlora_account
-from jpeft.models.llama import LlamaConfig
 from sharding.topologies import TopologyError
 from tests.gpus import needs_cuda_compiler
+from tests.tiny import LLAMA
 
 pytestmark = pytest.mark.xdist_group("cuda")
-SMALL = LlamaConfig(
-    vocab_size=512,
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
 
 
 @pytest.fixture
 def model(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(SMALL.to_hf()))
+    path.write_text(json.dumps(LLAMA.to_hf()))
     return str(path)
 
 

@@ -16,58 +16,24 @@ import pytest
 from jax.sharding import Mesh
 
 from sharding import AXES, Zero, make_mesh, make_step
-from sharding.aot import PLAIN, argument_bytes, compile_for, placed, topology
+from sharding.aot import PLAIN, argument_bytes, compile_for, topology
 from sharding.chips import CHIPS, chip_of
 from sharding.hlo import Collective
 from sharding.roofline import group_bandwidth, roofline
 from sharding.topologies import TopologyError
 from sharding.tpus import mismatch
+from tests.sharding.stack import LAYERS, ROWS, WIDTH, axes, compiled, loss, moved
 
 needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
 )
 # Programs are compiled once: in one worker.
 pytestmark = pytest.mark.xdist_group("tpu")
-LAYERS, WIDTH, ROWS = 4, 256, 64
-
-
-@functools.cache
-def devices():
-    return topology("v5e:2x4")
-
-
-def loss(trainable, frozen, batch, key):
-    def layer(x, w):
-        return x + jnp.tanh(x @ w), None
-
-    x = jax.lax.scan(jax.checkpoint(layer), batch @ frozen, trainable["layers"])[0]
-    return jnp.mean(x.astype(jnp.float32) ** 2)
-
-
-def axes(path, shape):
-    return ("layers", "in", "out") if path == "layers" else None
 
 
 @functools.cache
 def report(stage, rows=ROWS):
-    zero = Zero(make_mesh(None, devices()), stage, smallest=1)
-    step = make_step(loss, optax.adam(1e-3), zero=zero, axes=axes)
-    state = step.abstract({"layers": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.bfloat16)})
-    frozen = jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.bfloat16)
-    batch = jax.ShapeDtypeStruct((rows, WIDTH), jnp.bfloat16)
-    frozen, batch = placed(frozen, zero.parameters(frozen)), placed(batch, zero.batch(batch))
-    return compile_for(step, state, frozen, batch, options=PLAIN)
-
-
-def moved(stage):
-    """The elements of layers' weights in each kind of collective, in parameters."""
-    r = report(stage)
-    weights = LAYERS * WIDTH * WIDTH
-    large = [c for c in r.collectives if c.elements >= WIDTH * WIDTH]
-    return {
-        kind: sum(c.times * c.elements for c in large if c.kind == kind) / weights
-        for kind in {c.kind for c in large}
-    }
+    return compiled(stage, topology("v5e:2x4"), PLAIN, rows)
 
 
 FROZEN = 1 / LAYERS  # the frozen weight is as large as one layer, and gathered at stage 3
@@ -75,18 +41,18 @@ FROZEN = 1 / LAYERS  # the frozen weight is as large as one layer, and gathered 
 
 @needs_tpu_compiler
 def test_stage_0_sums_gradients():
-    assert moved(0) == {"all-reduce": 1}
+    assert moved(report(0)) == {"all-reduce": 1}
 
 
 @needs_tpu_compiler
 @pytest.mark.parametrize("stage", [1, 2])
 def test_stages_1_and_2_scatter_gradients_and_gather_parameters(stage):
-    assert moved(stage) == {"reduce-scatter": 1, "all-gather": 1}
+    assert moved(report(stage)) == {"reduce-scatter": 1, "all-gather": 1}
 
 
 @needs_tpu_compiler
 def test_stage_3_gathers_layers_twice_in_their_loops():
-    found = moved(3)
+    found = moved(report(3))
     assert found["reduce-scatter"] == 1
     assert found["all-gather"] == 2 + FROZEN
     gathers = [c for c in report(3).collectives if c.kind == "all-gather"]

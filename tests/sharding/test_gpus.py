@@ -9,52 +9,23 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from sharding import AXES, Zero, make_mesh, make_step
-from sharding.aot import TopologyError, compile_for, options_for, placed, topology
+from sharding import AXES, make_mesh
+from sharding.aot import TopologyError, options_for, topology
 from sharding.chips import CHIPS, chip_of
 from sharding.costs import program_flops
 from sharding.gpus import GPUS, gpus
 from sharding.offload import offloaded
 from sharding.roofline import group_bandwidth
 from tests.gpus import needs_cuda_compiler
+from tests.sharding.stack import LAYERS, ROWS, WIDTH, compiled, moved
 
 pytestmark = pytest.mark.xdist_group("cuda")
-LAYERS, WIDTH, ROWS = 4, 256, 64
 
 
-def loss(trainable, frozen, batch, key):
-    def layer(x, w):
-        return x + jnp.tanh(x @ w), None
-
-    x = jax.lax.scan(jax.checkpoint(layer), batch @ frozen, trainable["layers"])[0]
-    return jnp.mean(x.astype(jnp.float32) ** 2)
-
-
-def axes(path, shape):
-    return ("layers", "in", "out") if path == "layers" else None
-
-
-def compiled(stage, name="h100:1x8", mesh=None, rows=ROWS, optimiser=None):
-    zero = Zero(make_mesh(mesh, topology(name)), stage, smallest=1)
-    step = make_step(loss, optimiser or optax.adam(1e-3), zero=zero, axes=axes)
-    state = step.abstract({"layers": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.bfloat16)})
-    frozen = jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.bfloat16)
-    batch = jax.ShapeDtypeStruct((rows, WIDTH), jnp.bfloat16)
-    frozen, batch = placed(frozen, zero.parameters(frozen)), placed(batch, zero.batch(batch))
-    return compile_for(step, state, frozen, batch, options=options_for(zero.mesh))
-
-
-report = functools.cache(compiled)
-
-
-def moved(r):
-    """The elements of layers' weights in each kind of collective, in parameters."""
-    weights = LAYERS * WIDTH * WIDTH
-    large = [c for c in r.collectives if c.elements >= WIDTH * WIDTH]
-    return {
-        kind: sum(c.times * c.elements for c in large if c.kind == kind) / weights
-        for kind in {c.kind for c in large}
-    }
+@functools.cache
+def report(stage, name="h100:1x8", rows=ROWS, optimiser=None):
+    devices = topology(name)
+    return compiled(stage, devices, options_for(make_mesh(None, devices)), rows, optimiser)
 
 
 @needs_cuda_compiler
@@ -75,8 +46,8 @@ def test_every_kind_compiles_and_its_figures_are_known(name):
     assert chip_of(device.device_kind) is CHIPS[name]
     sharding = jax.sharding.SingleDeviceSharding(device)
     x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=sharding)
-    compiled = jax.jit(jnp.matmul).trace(x, x).lower(lowering_platforms=("cuda",)).compile()
-    assert program_flops(compiled.as_text()) == 2 * 256**3
+    made = jax.jit(jnp.matmul).trace(x, x).lower(lowering_platforms=("cuda",)).compile()
+    assert program_flops(made.as_text()) == 2 * 256**3
 
 
 @needs_cuda_compiler
@@ -120,7 +91,7 @@ def test_no_device_computes_what_another_does():
 
 @needs_cuda_compiler
 def test_what_does_not_fit_is_told():
-    r = compiled(3, rows=2**30)
+    r = report(3, rows=2**30)
     assert r.memory.total > r.memory.limit == CHIPS["h100"].hbm
     assert not r.fits
     assert report(3).fits
@@ -129,7 +100,7 @@ def test_what_does_not_fit_is_told():
 @needs_cuda_compiler
 def test_an_offloaded_optimiser_is_refused():
     with pytest.raises(TopologyError, match="without their host's memory"):
-        compiled(0, "h100:1x1", optimiser=offloaded(optax.adam(1e-3)))
+        report(0, "h100:1x1", optimiser=offloaded(optax.adam(1e-3)))
 
 
 class Card:
