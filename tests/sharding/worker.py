@@ -90,8 +90,8 @@ def main(options=None):
                 print("stopped", flush=True)
                 return 0
     whole = jax.jit(lambda x: x, out_shardings=zero.replicated)((state.trainable, state.optimiser))
+    leaves = [np.asarray(x) for x in jax.tree.leaves(whole)]  # the others' parts are needed too
     if is_main():
-        leaves = [np.asarray(x) for x in jax.tree.leaves(whole)]
         np.savez(args.folder / "final.npz", *leaves)
     return 0
 
