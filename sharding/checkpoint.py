@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from sharding._first_line import first_line
 from sharding.checkpoint_bits import bit_sums, is_hosted, is_key, named, plain
 from sharding.checkpoint_bits import fingerprint as fingerprint
 from sharding.checkpoint_errors import CheckpointError as CheckpointError
-from sharding.checkpoint_errors import first_line, is_damage
+from sharding.checkpoint_errors import is_damage
 from sharding.cluster import barrier, is_main, largest
 from sharding.offload import HOST
 

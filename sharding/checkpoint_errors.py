@@ -19,8 +19,3 @@ def is_damage(e: BaseException) -> bool:
         return False
     # XLA and TensorStore put it in words: numbers are `errno`'s, but for those of the three above.
     return not re.search(r"RESOURCE_EXHAUSTED|os_error_code='(?!(2|20|21)')", str(e))
-
-
-def first_line(e: Exception) -> str:
-    """An error's first line, of those that have pages."""
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:300]

@@ -15,7 +15,8 @@ import re
 from collections.abc import Generator, Mapping
 from typing import Any
 
-from sharding._topology_error import TopologyError, first_line
+from sharding._first_line import first_line
+from sharding._topology_error import TopologyError
 from sharding.chips import CHIPS
 
 GPU_EXAMPLES = "h100:1x8, h200:4x8, a6000:1x1"

@@ -11,7 +11,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from sharding._topology_error import TopologyError, first_line
+from sharding._first_line import first_line
+from sharding._topology_error import TopologyError
 
 TPU_EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:4x4x4"
 # libtpu asks the cloud for the machine that it is on, and tells its standard error what it did not
